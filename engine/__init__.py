@@ -1,0 +1,1 @@
+"""The training engine: PPO on diffusion trajectories with a critic on the noisy latents."""

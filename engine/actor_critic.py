@@ -1,0 +1,71 @@
+"""The one module that DeepSpeed wraps: prediction and values from a single pass through the trunk."""
+
+import torch
+from torch import Tensor, nn
+
+from .backbones.base import Backbone, Conditioning
+from .config import CriticConfig
+from .critic import Critic
+from .errors import UserError
+
+
+class ActorCritic(nn.Module):
+    """Policy trunk and critic heads over one diffusion model.
+
+    With `critic.trunk` = "shared-detached" the heads read the policy's features without a gradient into the trunk, with
+    "shared" the value loss trains the trunk too.
+    """
+
+    def __init__(self, backbone: Backbone, config: CriticConfig, reward_names: list[str], guidance_scale: float = 1.0):
+        super().__init__()
+        self.backbone = backbone
+        self.reward_names = reward_names
+        self.guidance_scale = guidance_scale
+        self.detach = config.trunk == "shared-detached"
+        self.trunk = backbone.trunk
+        self.tap_indices = backbone.default_taps() if config.taps == "auto" else list(config.taps)
+        if not self.tap_indices or not all(0 <= i < backbone.depth for i in self.tap_indices):
+            raise UserError(
+                f"critic.taps: {self.tap_indices} - this model has blocks 0 to {backbone.depth - 1}; "
+                f'use "auto" ({backbone.default_taps()}) or list some of them'
+            )
+        taps, rewards = len(self.tap_indices), len(reward_names)
+        self.critic = Critic(backbone.width, taps, rewards, config.dim, config.num_heads, config.timestep_adaln)
+        self._features: dict[int, Tensor] = {}
+        for index in self.tap_indices:
+            self._watch(index)
+
+    def _watch(self, index: int) -> None:
+        block, position = self.backbone.tap(self.trunk, index)
+
+        def keep(_module, _inputs, output):
+            self._features[index] = output if position is None else output[position]
+
+        block.register_forward_hook(keep)
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, unconditional: Conditioning | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Prediction [B, C, H, W] and values [B, M], both float32.
+
+        latents: float32 [B, C, H, W]; timesteps: float32 [B], 0..1000. With guidance above 1 the unconditional branch
+        runs in the same batch, in front, and the critic reads the conditional half.
+        """
+        dtype = next(self.trunk.parameters()).dtype
+        conditioning = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
+        inputs, steps = latents.to(dtype), timesteps
+        if self.guidance_scale > 1:
+            conditioning = {
+                name: torch.cat([unconditional[name].to(dtype).expand_as(tensor), tensor])
+                for name, tensor in conditioning.items()
+            }
+            inputs, steps = torch.cat([inputs, inputs]), torch.cat([steps, steps])
+        prediction = self.backbone.predict(self.trunk, inputs, steps, conditioning).float()
+        features = [self._features.pop(index) for index in self.tap_indices]
+        if self.guidance_scale > 1:
+            without, with_prompt = prediction.chunk(2)
+            prediction = without + self.guidance_scale * (with_prompt - without)
+            features = [tokens.chunk(2)[1] for tokens in features]
+        if self.detach:
+            features = [tokens.detach() for tokens in features]
+        return prediction, self.critic(features, timesteps)

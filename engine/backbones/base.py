@@ -1,0 +1,77 @@
+"""What the engine asks of a model family. An adapter is the only code that knows the family's diffusers classes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Conditioning = dict[str, Tensor]  # per-sample tensors, first dimension = sample; float32, kept on the CPU in the cache
+
+
+class Backbone(ABC):
+    """A frozen pipeline around one trainable trunk.
+
+    The trunk is what DeepSpeed shards; autoencoder and text encoders stay outside, frozen, in float32. Shapes below:
+    B samples, C x H x W latents, N image tokens of width D.
+    """
+
+    trunk: nn.Module
+    latent_shape: tuple[int, int, int]  # C, H, W
+    width: int  # D
+    depth: int  # number of blocks that can be tapped
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, max_sequence_length: int) -> "Backbone":
+        """Reads a diffusers pipeline folder. Raises UserError where a part is missing."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> None:
+        """Moves the frozen parts; the trunk moves with the actor-critic."""
+
+    @abstractmethod
+    def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
+        """Conditioning of B prompts, as the family's own pipeline computes it at guidance 1."""
+
+    @abstractmethod
+    def sigmas(self, num_inference_steps: int) -> Tensor:
+        """Float32 [K + 1], descending to 0: the noise levels of the family's own scheduler."""
+
+    @abstractmethod
+    def predict(self, trunk: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The trunk's prediction [B, C, H, W] at `timesteps` [B] (0..1000)."""
+
+    @abstractmethod
+    def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
+        """The block whose image tokens [B, N, D] a critic reads, and where they stand in its output tuple."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 [B, height, width, 3] pictures of clean float32 latents."""
+
+    @abstractmethod
+    def save(self, trunk_state: dict[str, Tensor], folder: Path) -> None:
+        """Writes a complete pipeline folder of the family with the given trunk weights, as safetensors."""
+
+    def default_taps(self) -> list[int]:
+        """Three depths, as SD3.5-M's blocks 7, 15 and 23 of 24 (arXiv 2605.27736): a third, two thirds, the end."""
+        return sorted({round(self.depth * part / 3) - 1 for part in (1, 2, 3)} - {-1})
+
+
+def timestep_of(sigmas: Tensor) -> Tensor:
+    """Flow models are conditioned on 1000 sigma."""
+    return sigmas * 1000.0
+
+
+def freeze(*modules: nn.Module | None) -> None:
+    for module in modules:
+        if module is not None:
+            module.eval().requires_grad_(False)
+
+
+def as_uint8(pictures: Tensor) -> Tensor:
+    """[B, 3, height, width] in -1..1 to uint8 [B, height, width, 3], rounded as diffusers rounds."""
+    scaled = (pictures.float() / 2 + 0.5).clamp(0, 1) * 255
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,0 +1,388 @@
+"""One run's configuration: pydantic models <-> JSON.
+
+Defaults are those of the method (arXiv 2605.27736) scaled to the embedded model tiny-dit. `config_text` puts the schema
+into words, for errors and for the table of configs/README.md.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .config_text import explain, show
+from .errors import UserError
+
+Transition = Literal["flow-sde", "dance-sde", "cps", "ddim"]
+
+# Keys of DeepSpeed that the engine derives, and the keys of ours that decide them.
+DERIVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "rollout.samples_per_iteration and training.updates_per_iteration",
+    "train_micro_batch_size_per_gpu": "rollout.micro_batch_size",
+    "gradient_accumulation_steps": "rollout.samples_per_iteration and rollout.micro_batch_size",
+    "optimizer": "optimizer.policy_lr, optimizer.critic_lr, optimizer.betas and optimizer.weight_decay",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "gradient_clipping": "optimizer.gradient_clipping",
+}
+
+# DeepSpeed ignores an unknown top-level key in silence, so a misspelt "zero_optimization" would train unsharded.
+_DEEPSPEED_KEYS = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "data_types",
+    "torch_autocast",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "flops_profiler",
+    "comms_logger",
+    "dump_state",
+    "checkpoint",
+    "compile",
+    "aio",
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class ModelConfig(_Section):
+    """The diffusion model that is post-trained."""
+
+    pretrained: str = Field(
+        "tiny-dit", min_length=1, description="`tiny-dit` (packaged), a local diffusers folder, or a hub id"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Dtype of the model; `auto` is float32 on CPU and bfloat16 on GPU. Latents stay float32"
+    )
+    max_sequence_length: int = Field(
+        256, ge=0, le=512, description="T5 tokens of a prompt, as in diffusers; 0 for tiny-dit, which has no T5"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third more time"
+    )
+
+
+class PromptsConfig(_Section):
+    """Where the prompts come from."""
+
+    train: str = Field(
+        "scenes:train",
+        min_length=1,
+        description="Training prompts: `scenes:train`, `scenes:train:counting+position`, or a .txt / .jsonl file",
+    )
+    eval: str = Field(
+        "scenes:held-out",
+        min_length=1,
+        description="Evaluation prompts, written like `prompts.train`, and never trained on",
+    )
+
+
+class RolloutConfig(_Section):
+    """How trajectories are sampled."""
+
+    transition: Transition = Field(
+        "flow-sde", description="Stochastic sampler: Flow-GRPO, DanceGRPO, coefficient-preserving (flow) or DDIM (UNet)"
+    )
+    noise_level: float = Field(
+        0.7,
+        gt=0,
+        le=2,
+        description="Noise of the transition: `a` 0.7 for flow-sde, `eta` 0.3 for dance-sde, `a` 0.8 for cps, `eta` 1 "
+        "for ddim; at most 1 for cps and ddim",
+    )
+    num_inference_steps: int = Field(
+        10, ge=2, le=1000, description="Denoising steps of a trajectory (SD3.5-M 40, quick 10; SD1.5 50)"
+    )
+    guidance_scale: float = Field(
+        1.0, ge=1, description="Classifier-free guidance in training; 1 is none, fastest and best (arXiv 2605.27736)"
+    )
+    samples_per_iteration: int = Field(
+        256, ge=1, description="Images of an iteration over all ranks; with `micro_batch_size`, the only batch numbers"
+    )
+    micro_batch_size: int = Field(
+        32, ge=1, description="Images of a rank in one forward pass; lower it if memory runs out"
+    )
+    train_last_step: bool = Field(
+        False, description="Also train the last denoising step, whose std is near 0 and likelihood explodes"
+    )
+
+
+class CriticConfig(_Section):
+    """The value function on the noisy latents."""
+
+    trunk: Literal["shared-detached", "shared"] = Field(
+        "shared-detached",
+        description="Heads read the policy's features without gradient into the trunk, or with it (`shared`)",
+    )
+    taps: list[Annotated[int, Field(ge=0)]] | Literal["auto"] = Field(
+        "auto", description="Blocks (from 0) whose features are read; `auto` spreads them as 7, 15, 23 of SD3.5-M's 24"
+    )
+    dim: int = Field(64, ge=1, description="Width of a critic token")
+    num_heads: int = Field(4, ge=1, description="Heads of the attention pooling; divides `dim`")
+    timestep_adaln: bool = Field(True, description="Modulate the head by the timestep, as AdaLN (arXiv 2605.27736)")
+    value_coef: float = Field(0.5, gt=0, description="Weight of the value loss in the summed loss")
+
+    @model_validator(mode="after")
+    def _check(self) -> "CriticConfig":
+        if self.dim % self.num_heads:
+            raise ValueError(f"critic.num_heads = {self.num_heads}: must divide critic.dim = {self.dim}")
+        if self.taps != "auto" and (not self.taps or len(set(self.taps)) < len(self.taps)):
+            raise ValueError(f"critic.taps = {show(self.taps)}: needs one block or more, each once")
+        return self
+
+
+class AlgorithmConfig(_Section):
+    """Advantages and losses."""
+
+    name: Literal["ppo"] = Field("ppo", description="Advantage estimator: `ppo` is GAE with the critic")
+    clip_range: float = Field(
+        2e-3,
+        gt=0,
+        lt=1,
+        description="Clip of the probability ratio. Belongs to a latent of n numbers, near 6.6 / n: 1e-4 for SD3.5-M, "
+        "1e-5 for SD1.5",
+    )
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount a denoising step (GAE, arXiv 1506.02438)")
+    lam: float = Field(1.0, ge=0, le=1, description="lambda of GAE; 1 is the Monte-Carlo return")
+    advantage_clip: float = Field(10.0, gt=0, description="Bound of a normalised advantage, in standard deviations")
+    target_clip: float = Field(5.0, gt=0, description="Bound of a value target, in standard deviations of the reward")
+    value_clip_range: float | None = Field(
+        None, gt=0, description="PPO clip of the value around the rollout's value; null is none"
+    )
+
+
+class RewardConfig(_Section):
+    """One reward."""
+
+    name: str = Field(min_length=1, description="A built-in reward, or `module:function` for one of your own")
+    weight: float = Field(1.0, description="Weight of this reward's normalised advantage")
+    params: dict[str, Any] = Field({}, description="Keyword arguments of the reward")
+
+
+class OptimizerConfig(_Section):
+    """AdamW, one parameter group each for policy and critic."""
+
+    policy_lr: float = Field(1e-4, gt=0, le=1, description="Learning rate of the policy (SD3.5-M 1e-4, SD1.5 1e-5)")
+    critic_lr: float = Field(1e-3, gt=0, le=1, description="Learning rate of the critic heads, 10x the policy's")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="AdamW's decay rates of the first and second moment"
+    )
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled weight decay")
+    gradient_clipping: float = Field(1.0, gt=0, description="Bound of the global gradient norm, an update")
+
+
+class TrainingConfig(_Section):
+    """Length and order of the run."""
+
+    iterations: int = Field(
+        100, ge=0, description="PPO iterations, after value pretraining (arXiv 2605.27736 runs 300)"
+    )
+    updates_per_iteration: int = Field(
+        4, ge=1, description="Optimizer steps an iteration, one pass over its samples in all (arXiv 2605.27736: 4)"
+    )
+    value_pretraining_iterations: int = Field(
+        15, ge=0, description="Critic-only iterations on the frozen policy before PPO; 15 is best, longer hurts"
+    )
+    value_pretraining_epochs: int = Field(3, ge=1, description="Passes over the samples, a value-pretraining iteration")
+    critic_epochs: int = Field(
+        2, ge=0, description="Extra critic-only passes an iteration, so that the critic follows a moving policy"
+    )
+    checkpoint_every: int = Field(10, ge=1, description="Iterations between checkpoints")
+
+
+class EvaluationConfig(_Section):
+    """Held-out evaluation: the same prompts and seeds each time, deterministic (ODE) sampling."""
+
+    every: int = Field(10, ge=0, description="Iterations between evaluations; 0 is only before and after the run")
+    num_prompts: int = Field(512, ge=1, description="Prompts of an evaluation, one image each")
+    num_inference_steps: int = Field(10, ge=1, le=1000, description="Denoising steps of an evaluation image")
+    guidance_scale: float = Field(
+        1.0, ge=1, description="Classifier-free guidance of an evaluation; keep it at the trained one"
+    )
+    seed: int = Field(1000, ge=0, lt=2**32, description="Seed of the evaluation's noise, apart from the run's seed")
+    rewards: list[RewardConfig] = Field([], description="Rewards that are only watched, never trained on")
+
+
+class LoggingConfig(_Section):
+    """Trackers beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = Field(True, description="Write TensorBoard events to the run folder")
+    wandb_project: str | None = Field(
+        None, min_length=1, description="Project of Weights & Biases; null is off, needs the `wandb` extra"
+    )
+
+
+class Config(_Section):
+    """The whole configuration. `rewards` is required; everything else has a default."""
+
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of prompt order, noise and the critic's initial weights")
+    output_dir: str = Field("runs/latent-critic", min_length=1, description="Folder the run writes to")
+    model: ModelConfig = Field(ModelConfig(), description="The diffusion model")
+    prompts: PromptsConfig = Field(PromptsConfig(), description="Prompts")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="Sampling")
+    critic: CriticConfig = Field(CriticConfig(), description="Critic")
+    algorithm: AlgorithmConfig = Field(AlgorithmConfig(), description="Advantages and losses")
+    rewards: list[RewardConfig] = Field(min_length=1, description="Trained rewards, one value head each")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Optimizer")
+    training: TrainingConfig = Field(TrainingConfig(), description="Training")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Evaluation")
+    logging: LoggingConfig = Field(LoggingConfig(), description="Trackers")
+    deepspeed: dict[str, Any] = Field(
+        {"zero_optimization": {"stage": 3}},
+        description="Passed to DeepSpeed as it is, less the keys that the engine derives: "
+        + ", ".join(f"`{key}`" for key in DERIVED_DEEPSPEED_KEYS),
+    )
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _check_deepspeed(cls, section: dict[str, Any]) -> dict[str, Any]:
+        mistakes = []
+        for key in section:
+            if key in DERIVED_DEEPSPEED_KEYS:
+                mistakes.append(f"deepspeed.{key}: derived by the engine; set {DERIVED_DEEPSPEED_KEYS[key]} instead")
+            elif key not in _DEEPSPEED_KEYS and (near := difflib.get_close_matches(key, _DEEPSPEED_KEYS, 1, 0.8)):
+                mistakes.append(f"deepspeed.{key}: unknown to DeepSpeed; did you mean deepspeed.{near[0]}?")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return section
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        rollout, mistakes = self.rollout, []
+        if rollout.transition in ("cps", "ddim") and rollout.noise_level > 1:
+            mistakes.append(
+                f"rollout.noise_level = {rollout.noise_level}: at most 1 for rollout.transition = "
+                f'"{rollout.transition}", whose std would exceed the noise that the latent holds'
+            )
+        if not any(reward.weight for reward in self.rewards):
+            mistakes.append("rewards: each weight is 0; give one reward or more another weight")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    def validate_batching(self, world_size: int) -> int:
+        """Micro-batches of a rank in one optimizer step (DeepSpeed's gradient_accumulation_steps).
+
+        Raises UserError unless samples_per_iteration splits evenly over ranks, updates and micro-batches.
+        """
+        samples, micro_batch = self.rollout.samples_per_iteration, self.rollout.micro_batch_size
+        updates = self.training.updates_per_iteration
+        unit = micro_batch * updates * world_size
+        if samples % unit == 0:
+            return samples // unit
+        below = samples // unit * unit
+        valid = [below, below + unit] if below else [unit]
+        nearest = min(valid, key=lambda n: abs(n - samples))
+        raise UserError(
+            f"rollout.samples_per_iteration = {samples}: must be a multiple of {unit} = rollout.micro_batch_size "
+            f"{micro_batch} x training.updates_per_iteration {updates} x {world_size} "
+            f"process{'es' if world_size > 1 else ''}; nearest valid: {nearest}"
+            + "".join(f" (or {n})" for n in valid if n != nearest)
+        )
+
+
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """Read a JSON file, apply `section.key=json_value` overrides (bare strings allowed), and validate.
+
+    List items are addressed by number (`rewards.0.weight=2`). Raises UserError listing each mistake on a line.
+    """
+    path = Path(path)
+    data = _read_json(path)
+    overridden = [_apply_override(data, override) for override in overrides]
+    try:
+        # Through JSON, so that strict types mean JSON's types: an array is a tuple here, a number is no string.
+        return Config.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        mistakes = explain(error, Config, data, overridden)
+    if len(mistakes) == 1:
+        raise UserError(f"{path}: {mistakes[0]}")
+    raise UserError(f"{path}: {len(mistakes)} mistakes\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
+
+
+def save_config(config: Config, path: str | os.PathLike) -> None:
+    """Write the resolved configuration, each default spelt out, as JSON that `load_config` reads back equal."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except _DuplicateKey as error:
+        raise UserError(f'{path}: key "{error}" is given twice in the same object; keep one') from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object of sections, got {show(data)}")
+    return data
+
+
+class _DuplicateKey(Exception):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKey(key)
+        result[key] = value
+    return result
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} does not exist"
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
+    near = difflib.get_close_matches(path.name, names, 1, 0) if names else []
+    return f"; nearest in {path.parent}: {near[0]}" if near else f"; {path.parent} holds no files"
+
+
+def _apply_override(data: dict[str, Any], override: str) -> str:
+    """Set one value in `data`; returns the dotted key."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise UserError(f'override "{override}": expected section.key=value, as in training.iterations=20')
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    node: Any = data
+    *parents, last = key.split(".")
+    for done, part in enumerate(parents):
+        node = node.setdefault(part, {}) if isinstance(node, dict) else _item(node, part, override)
+        if not isinstance(node, dict | list):
+            raise UserError(f'override "{override}": {".".join(parents[: done + 1])} holds {show(node)}, no keys')
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        _item(node, last, override)
+        node[int(last)] = value
+    return key
+
+
+def _item(items: list, number: str, override: str) -> Any:
+    if not number.isdecimal() or int(number) >= len(items):
+        raise UserError(f'override "{override}": "{number}" is no item of this list of {len(items)} (counted from 0)')
+    return items[int(number)]

@@ -1,0 +1,140 @@
+"""Held-out evaluation: the same prompts, seeds and sampler each time."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .advantages import explained_variance
+from .backbones.base import Backbone, timestep_of
+from .config import Config
+from .embedded.scenes import parse
+from .errors import UserError
+from .prompt_cache import PromptCache
+from .prompts import Prompt
+from .reward_stats import RunningStandardizer
+from .rewards import Reward, score_all
+from .rollout import Model, rollout
+from .sharding import World
+from .transitions import ode_table
+
+
+@dataclass
+class Evaluation:
+    """Results over all ranks, on the CPU. P prompts, R watched rewards, K steps, M trained rewards."""
+
+    prompts: list[Prompt]
+    names: list[str]
+    scores: Tensor  # [P, R] of deterministic (ODE) samples
+    images: Tensor  # uint8 [S, H, W, 3]: the first S samples, for the grids
+    values: Tensor  # [P, K, M] along stochastic rollouts on the same prompts
+    returns: Tensor  # [P, K, M], what those rollouts earned, standardised
+
+    @property
+    def explained_variance(self) -> Tensor:
+        """float64 [K, M] on held-out prompts."""
+        return explained_variance(self.values, self.returns)
+
+    def row(self) -> dict:
+        """Flat metrics: mean and standard error of each reward, the first one's mean by task, explained variance."""
+        count, row = len(self.prompts), {}
+        for column, name in enumerate(self.names):
+            scores = self.scores[:, column].double()
+            row[f"eval/{name}"] = scores.mean().item()
+            row[f"eval/{name}_stderr"] = (scores.std() / count**0.5).item()
+        tasks = [_task(prompt) for prompt in self.prompts]
+        strict = self.names.index("composition_strict") if "composition_strict" in self.names else 0
+        for task in sorted(set(filter(None, tasks))):
+            row[f"eval/task/{task}"] = self.scores[[t == task for t in tasks], strict].mean().item()
+        per_step = self.explained_variance.mean(1)
+        row["eval/explained_variance"] = per_step.mean().item()
+        row["eval/explained_variance_per_step"] = per_step.tolist()
+        return row
+
+    def save(self, path: Path, settings: dict) -> None:
+        """`path`.json: every prompt's scores and the settings that repeat them; `path`.npz: pictures, critic."""
+        scores = {name: self.scores[:, column].tolist() for column, name in enumerate(self.names)}
+        content = {"settings": settings, "prompts": [prompt.text for prompt in self.prompts], "scores": scores}
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(content) + "\n")
+        np.savez(path, images=self.images, values=self.values.mean(2), rewards=self.returns[:, -1].mean(1))
+
+
+class Evaluator:
+    """Evaluates on the first `evaluation.num_prompts` held-out prompts (cycled where there are fewer; seeds differ)."""
+
+    GRID = 32  # samples kept for the grids
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        backbone: Backbone,
+        encode: PromptCache,
+        prompts: list[Prompt],
+        trained: list[Reward],
+        watched: list[Reward],
+        table: Tensor,
+        timesteps: Tensor,
+    ):
+        self.config, self.world, self.backbone, self.encode = config, world, backbone, encode
+        self.prompts = [prompts[i % len(prompts)] for i in range(config.evaluation.num_prompts)]
+        self.trained = trained
+        names = {reward.name for reward in trained}
+        self.rewards = trained + [reward for reward in watched if reward.name not in names]
+        self.table, self.timesteps = table, timesteps
+
+    def __call__(self, model: Model, standardizer: RunningStandardizer) -> Evaluation:
+        options, sigmas = self.config.evaluation, self.backbone.sigmas(self.config.evaluation.num_inference_steps)
+        images, scores, _ = self._sample(model, ode_table(sigmas), timestep_of(sigmas[:-1]), self.rewards)
+        _, earned, values = self._sample(model, self.table, self.timesteps, self.trained)
+        steps = int((self.table[:, 2] > 0).sum())
+        standardized = standardizer.standardize(earned) if standardizer.count > 0 else earned
+        returns = standardized[:, None].expand(-1, steps, -1)
+        count = options.num_prompts
+        return Evaluation(
+            self.prompts,
+            [r.name for r in self.rewards],
+            scores[:count],
+            images,
+            values[:count, :steps],
+            returns[:count],
+        )
+
+    def _sample(self, model: Model, table: Tensor, timesteps: Tensor, rewards: list[Reward]):
+        """Images (first GRID), scores and values of all prompts, in their order, on every rank."""
+        world, size = self.world, self.config.rollout.micro_batch_size
+        padded = -(-len(self.prompts) // world.size)  # every rank takes as many, since ZeRO-3 gathers together
+        indices = torch.arange(world.rank * padded, (world.rank + 1) * padded)
+        mine = [self.prompts[i % len(self.prompts)] for i in indices.tolist()]
+        trajectory = rollout(
+            model,
+            self.encode,
+            mine,
+            indices,
+            table=table,
+            timesteps=timesteps,
+            latent_shape=self.backbone.latent_shape,
+            seed=self.config.evaluation.seed,
+            micro_batch_size=size,
+            device=world.device,
+            guided=self.config.evaluation.guidance_scale > 1,
+        )
+        images = torch.cat([self.backbone.decode(part).cpu() for part in trajectory.latents[:, -1].split(size)])
+        scores = score_all(rewards, images, [p.text for p in mine], [p.metadata for p in mine])
+        gathered: list = [None] * world.size
+        dist.all_gather_object(gathered, (images[: self.GRID], scores, trajectory.values.cpu()))
+        images, scores, values = (torch.cat(parts) for parts in zip(*gathered, strict=True))
+        return images[: self.GRID], scores, values
+
+
+def _task(prompt: Prompt) -> str | None:
+    """The embedded world's task; None for prompts of other worlds."""
+    try:
+        return parse(prompt.text).task
+    except UserError:
+        return prompt.metadata.get("tag")

@@ -1,0 +1,132 @@
+"""DeepSpeed: processes, the sharded engine, and whole tensors back from its shards."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
+from torch import Tensor, nn
+
+from .actor_critic import ActorCritic
+from .config import Config
+from .errors import UserError
+from .optimizer import PhasedAdamW
+
+POLICY, CRITIC = 0, 1  # parameter groups, in this order
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_distributed() -> World:
+    """Joins the processes of the `deepspeed` launcher, or stands alone under plain `python`: nccl on GPUs, else gloo."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        # Otherwise DeepSpeed compiles its shared-memory collectives at start: a minute, and a lock if interrupted.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=None
+    )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`model.dtype`: "auto" is bfloat16 on GPU and float32 on CPU, where half precision is slow."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpeedEngine:
+    """Wraps the actor-critic in DeepSpeed, policy and critic as parameter groups of their own.
+
+    Raises UserError where DeepSpeed refuses the `deepspeed` section.
+    """
+    options = config.optimizer
+    dtype = resolve_dtype(config.model.dtype, world.device)
+    model.to(world.device, dtype)
+    optimizer = PhasedAdamW(
+        [
+            {"params": [p for p in model.trunk.parameters() if p.requires_grad], "lr": options.policy_lr},
+            {"params": list(model.critic.parameters()), "lr": options.critic_lr},
+        ],
+        betas=options.betas,
+        weight_decay=options.weight_decay,
+    )
+    section: dict[str, Any] = {
+        "zero_allow_untested_optimizer": True,
+        **config.deepspeed,
+        "train_micro_batch_size_per_gpu": config.rollout.micro_batch_size,
+        "gradient_accumulation_steps": 1,  # the trainer sets the boundary of each update itself
+        "gradient_clipping": options.gradient_clipping,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "steps_per_print": 10**9,
+    }
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
+    except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
+        raise UserError(f"deepspeed: DeepSpeed refuses this section: {error}") from error
+    return engine
+
+
+def set_learning_rates(engine: deepspeed.DeepSpeedEngine, policy: float, critic: float) -> None:
+    """A rate of 0 makes that group rest: no gradient, no update, no change to its moments."""
+    groups = engine.optimizer.param_groups
+    groups[POLICY]["lr"], groups[CRITIC]["lr"] = policy, critic
+    engine.module.trunk.requires_grad_(policy > 0)
+
+
+def gradient_norm(module: nn.Module, world: World) -> float:
+    """2-norm of a part's accumulated gradients over all shards; call it between the last backward and the step."""
+    squares = torch.zeros((), dtype=torch.float64, device=world.device)
+    sharded = False
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        is_shard = hasattr(parameter, "ds_id")
+        grad = safe_get_local_grad(parameter) if is_shard else safe_get_full_grad(parameter)
+        sharded = sharded or is_shard
+        if grad is not None:
+            squares += grad.double().square().sum()
+    if sharded:
+        dist.all_reduce(squares)
+    return squares.sqrt().item()
+
+
+def gather_state(module: nn.Module, world: World) -> dict[str, Tensor]:
+    """The whole state dict on the CPU of rank 0 (empty elsewhere), gathered parameter by parameter."""
+    state = {}
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if world.is_main:
+                state[name] = parameter.detach().cpu().clone()
+    if world.is_main:
+        persistent = module.state_dict().keys()
+        state.update({name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in persistent})
+    return state

@@ -1,0 +1,218 @@
+"""The loop: prompts -> rollout -> rewards -> advantages -> updates -> metrics, evaluation, checkpoint."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import reports
+from .actor_critic import ActorCritic
+from .advantages import explained_variance, gae, mean_and_variance, normalize
+from .backbones import load_backbone
+from .backbones.base import timestep_of
+from .checkpoint import CheckpointStore, disk_errors, export
+from .config import Config, save_config
+from .evaluate import Evaluation, Evaluator
+from .metrics import MetricsLogger, ProgressBar, read_metrics
+from .plan import describe_plan, time_forward
+from .prompt_cache import PromptCache
+from .prompts import PromptSampler, load_prompts
+from .reward_stats import RunningStandardizer
+from .rewards import build_rewards, check_prompts, score_all
+from .rollout import rollout
+from .sharding import World, shard
+from .summary import summarize
+from .trajectory import Trajectory
+from .transitions import build_table, trained_steps
+from .trunk_clock import TrunkClock
+from .update import Updater
+
+
+class Trainer:
+    """One run of one configuration. Every rank builds one; rank 0 writes."""
+
+    def __init__(self, config: Config, world: World, run_dir: Path):
+        self.config, self.world, self.run_dir = config, world, run_dir
+        config.validate_batching(world.size)
+        torch.manual_seed(config.seed)
+        self.rewards = build_rewards(config.rewards)
+        watched = build_rewards(config.evaluation.rewards)
+        prompts, held_out = load_prompts(config.prompts.train), load_prompts(config.prompts.eval)
+        check_prompts(self.rewards, (p.text for p in prompts))
+        check_prompts([*self.rewards, *watched], (p.text for p in held_out))
+        self.sampler = PromptSampler(prompts, config.seed)
+
+        self.backbone = load_backbone(config.model.pretrained, config.model.max_sequence_length)
+        self.backbone.to(world.device)
+        if config.model.gradient_checkpointing:
+            self.backbone.trunk.enable_gradient_checkpointing()
+        sigmas = self.backbone.sigmas(config.rollout.num_inference_steps)
+        self.timesteps = timestep_of(sigmas[:-1]).to(world.device)
+        self.table = build_table(
+            config.rollout.transition,
+            config.rollout.noise_level,
+            sigmas=sigmas,
+            train_last_step=config.rollout.train_last_step,
+        ).to(world.device)
+        self.trained = int(trained_steps(self.table).sum())
+
+        names = [reward.name for reward in self.rewards]
+        self.model = ActorCritic(self.backbone, config.critic, names, config.rollout.guidance_scale).eval()
+        self.clock = TrunkClock(self.model.trunk, world.device)
+        self.engine = shard(self.model, config, world)
+        self.encode = PromptCache(self.backbone)
+        self.guided = config.rollout.guidance_scale > 1
+        self.updater = Updater(self.engine, config, world, self.clock)
+        self.standardizer = RunningStandardizer(len(names))
+        self.evaluator = Evaluator(
+            config, world, self.backbone, self.encode, held_out, self.rewards, watched, self.table, self.timesteps
+        )
+        self.store = CheckpointStore(run_dir, world, self.model)
+
+    # -------------------------------------------------------------------------------------------------- one iteration
+
+    def iterate(self, iteration: int) -> dict:
+        """One iteration, from prompts to metrics. The first `value_pretraining_iterations` train the critic alone."""
+        config, began = self.config, time.perf_counter()
+        pretraining = iteration < config.training.value_pretraining_iterations
+        self.clock.read()
+
+        trajectory = self.sample(iteration)
+        sampled = time.perf_counter()
+        raw = self.score(trajectory)
+        scored = time.perf_counter()
+
+        self.standardizer.update(raw)
+        rewards = self.standardizer.standardize(raw)
+        values = trajectory.values[:, : self.trained]
+        advantages, returns = gae(rewards, values, config.algorithm.gamma, config.algorithm.lam)
+        explained = explained_variance(values, returns).mean(1)
+
+        order = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
+        unconditional = self.encode([""], self.world.device) if self.guided else None
+        if pretraining:
+            epochs = config.training.value_pretraining_epochs
+            update = self.updater.critic(trajectory, returns, unconditional, order, epochs)
+        else:
+            weights = torch.tensor([reward.weight for reward in self.rewards], device=self.world.device)
+            advantage = normalize(advantages, weights, config.algorithm.advantage_clip)
+            update = self.updater.ppo(trajectory, advantage, returns, unconditional, order)
+            if config.training.critic_epochs:
+                self.updater.critic(trajectory, returns, unconditional, order, config.training.critic_epochs)
+        ended = time.perf_counter()
+
+        mean, variance, count = mean_and_variance(raw, (0,))
+        row = {"phase": "value_pretraining" if pretraining else "ppo", "samples": count}
+        for m, reward in enumerate(self.rewards):
+            row[f"reward/{reward.name}"] = mean[m].item()
+            row[f"reward/{reward.name}_std"] = variance[m].sqrt().item()
+        trunk = self.clock.read()
+        return {
+            **row,
+            **update,
+            "explained_variance": explained.mean().item(),
+            "explained_variance_per_step": explained.tolist(),
+            "seconds": ended - began,
+            "seconds/rollout": sampled - began,
+            "seconds/rewards": scored - sampled,
+            "seconds/update": ended - scored,
+            "overhead": (ended - began) / trunk,
+        }
+
+    def sample(self, iteration: int) -> Trajectory:
+        """This rank's share of the iteration's rollouts."""
+        total = self.config.rollout.samples_per_iteration
+        share = total // self.world.size
+        mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        return rollout(
+            self.engine,
+            self.encode,
+            self.sampler.batch(iteration, total)[mine],
+            torch.arange(total)[mine] + iteration * total,
+            table=self.table,
+            timesteps=self.timesteps,
+            latent_shape=self.backbone.latent_shape,
+            seed=self.config.seed,
+            micro_batch_size=self.config.rollout.micro_batch_size,
+            device=self.world.device,
+            guided=self.guided,
+        )
+
+    def score(self, trajectory: Trajectory) -> Tensor:
+        """float32 [N, M]: raw rewards of the decoded pictures."""
+        size = self.config.rollout.micro_batch_size
+        images = torch.cat([self.backbone.decode(part).cpu() for part in trajectory.latents[:, -1].split(size)])
+        texts, metadata = zip(*((p.text, p.metadata) for p in trajectory.prompts), strict=True)
+        return score_all(self.rewards, images, texts, metadata).to(self.world.device)
+
+    # -------------------------------------------------------------------------------------------------------- the run
+
+    def run(self) -> None:
+        """Trains to the end, from the newest checkpoint if there is one, and writes the run folder."""
+        training = self.config.training
+        total = training.value_pretraining_iterations + training.iterations
+        main, start = self.world.is_main, self.store.latest()
+        if start is not None:
+            self.standardizer.load_state_dict(self.store.load(self.engine, start))
+        forward = self._time_forward()
+        if main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.run_dir / "config.json")
+            plan = describe_plan(self.config, self.world, self.model, self.trained, forward)
+            print(f"latent-critic: {self.run_dir}\n{plan}", flush=True)
+            logging = self.config.logging
+            log = MetricsLogger(
+                self.run_dir, logging.tensorboard, logging.wandb_project, self.config.model_dump(mode="json")
+            )
+            log.truncate(start or 0)
+            progress = ProgressBar(total, start or 0)
+        if start is None:
+            first = self.evaluate(0)
+            if main:
+                log.log(0, first.row())
+            self._save(0)
+        for iteration in range(start or 0, total):
+            row = self.iterate(iteration)
+            done = iteration + 1
+            last = done == total
+            if last or (self.config.evaluation.every and done % self.config.evaluation.every == 0):
+                row |= self.evaluate(done).row()
+            if main:
+                log.log(done, row)
+                progress.update(row)
+                if row["phase"] == "ppo":
+                    first = (row["first_ratio"], row["first_ratio_deviation"], row["first_clipfrac"])
+                    progress.explain_first_update(*first)
+            if last or done % training.checkpoint_every == 0:
+                self._save(done)
+        export(self.run_dir, self.model, self.world)
+        if main:
+            progress.close()
+            log.close()
+            print(summarize(self.run_dir), flush=True)
+        dist.barrier()
+
+    def evaluate(self, iteration: int) -> Evaluation:
+        """Held-out scores, kept in `evaluations/` with the settings that repeat them."""
+        result = self.evaluator(self.engine, self.standardizer)
+        if self.world.is_main:
+            settings = {**self.config.evaluation.model_dump(mode="json"), "prompts": self.config.prompts.eval}
+            with disk_errors(self.run_dir):
+                result.save(self.run_dir / "evaluations" / f"iteration-{iteration:06d}", settings)
+        return result
+
+    def _save(self, iteration: int) -> None:
+        self.store.save(self.engine, iteration, self.standardizer.state_dict())
+        if self.world.is_main:
+            reports.plot_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
+
+    def _time_forward(self) -> float:
+        """Seconds of one micro-batch through the sharded model, by all ranks together."""
+        size = self.config.rollout.micro_batch_size
+        prompts = self.sampler.batch(0, self.config.rollout.samples_per_iteration)[:size]
+        conditioning = self.encode([prompt.text for prompt in prompts], self.world.device)
+        unconditional = self.encode([""], self.world.device) if self.guided else None
+        latents = torch.zeros(size, *self.backbone.latent_shape, device=self.world.device)
+        return time_forward(self.engine, latents, self.timesteps[0].expand(size), conditioning, unconditional)

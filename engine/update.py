@@ -1,0 +1,155 @@
+"""Optimizer steps on a rollout: PPO for policy and critic together, and critic-only passes.
+
+A micro-batch is one rollout micro-batch at one denoising step, exactly as it was sampled: same samples, same shapes,
+same kernels. So the first update of a fresh batch has ratio 1 to the last bit.
+"""
+
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from ..kernels.ppo import policy_loss, value_loss
+from ..kernels.transition import transition_log_prob
+from .backbones.base import Conditioning
+from .config import Config
+from .errors import TrainingError
+from .rollout import rows
+from .sharding import World, gradient_norm, set_learning_rates
+from .trajectory import Trajectory
+from .trunk_clock import TrunkClock
+
+
+class Updater:
+    def __init__(self, engine: DeepSpeedEngine, config: Config, world: World, clock: TrunkClock):
+        self.engine, self.config, self.world, self.clock = engine, config, world, clock
+        self.size = config.rollout.micro_batch_size
+
+    def ppo(
+        self,
+        trajectory: Trajectory,
+        advantages: Tensor,
+        returns: Tensor,
+        unconditional: Conditioning | None,
+        order: torch.Generator,
+    ) -> dict[str, float]:
+        """`updates_per_iteration` steps on policy and critic, each on its own share of the samples.
+
+        advantages: [N, T]; returns: [N, T, M], T the trained steps. One loss and one backward per micro-batch: under
+        ZeRO-3 a forward takes no second one. Returns the means of the update's statistics over the iteration.
+        """
+        algorithm, log = self.config.algorithm, defaultdict(list)
+        set_learning_rates(self.engine, self.config.optimizer.policy_lr, self.config.optimizer.critic_lr)
+        batches = self._batches(trajectory, order)
+        share = len(batches) // self.config.training.updates_per_iteration
+        for start in range(0, len(batches), share):
+            work = [(batch, k) for batch in batches[start : start + share] for k in range(trajectory.trained_steps)]
+            terms = []
+            for number, (batch, k) in enumerate(work):
+                prediction, values = self._forward(trajectory, batch, k, unconditional, number == len(work) - 1)
+                z, z_next = trajectory.latents[batch, k], trajectory.latents[batch, k + 1]
+                log_prob = transition_log_prob(prediction, z, z_next, trajectory.table, k)
+                actor, statistics = policy_loss(
+                    log_prob, trajectory.log_probs[batch, k], advantages[batch, k], algorithm.clip_range
+                )
+                critic, _ = self._value_loss(values, trajectory, returns, batch, k)
+                self._backward((actor + self.config.critic.value_coef * critic) / len(work), prediction)
+                terms.append(torch.stack([actor.detach(), critic.detach(), *statistics]))
+            self._step(torch.stack(terms), work, log)
+        names = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "old_approx_kl", "clipfrac")
+        table = torch.stack(log["terms"])  # [updates, micro-batches, statistics]
+        means = _mean_over_ranks(table.mean((0, 1)))
+        deviation = _max_over_ranks(table[..., -1].amax(1))
+        return {
+            **dict(zip(names, means.tolist(), strict=False)),
+            "first_ratio": table[0, :, 2].mean().item(),
+            "first_clipfrac": table[0, :, 5].mean().item(),
+            "first_ratio_deviation": deviation[0].item(),
+            "ratio_max_deviation": deviation.max().item(),
+            "grad_norm/actor": sum(log["actor"]) / len(log["actor"]),
+            "grad_norm/critic": sum(log["critic"]) / len(log["critic"]),
+        }
+
+    def critic(
+        self,
+        trajectory: Trajectory,
+        returns: Tensor,
+        unconditional: Conditioning | None,
+        order: torch.Generator,
+        epochs: int,
+    ) -> dict[str, float]:
+        """Passes over the samples that train the critic alone; the policy stays bit-identical.
+
+        Used for value pretraining, and after each PPO update so that the critic follows the policy.
+        """
+        log = defaultdict(list)
+        set_learning_rates(self.engine, 0.0, self.config.optimizer.critic_lr)
+        for _ in range(epochs):
+            batches = self._batches(trajectory, order)
+            share = len(batches) // self.config.training.updates_per_iteration
+            for start in range(0, len(batches), share):
+                work = [(batch, k) for batch in batches[start : start + share] for k in range(trajectory.trained_steps)]
+                terms = []
+                for number, (batch, k) in enumerate(work):
+                    prediction, values = self._forward(trajectory, batch, k, unconditional, number == len(work) - 1)
+                    critic, _ = self._value_loss(values, trajectory, returns, batch, k)
+                    self._backward(critic / len(work), prediction)
+                    terms.append(torch.stack([torch.zeros_like(critic), critic.detach()]))
+                self._step(torch.stack(terms), work, log)
+        losses = _mean_over_ranks(torch.stack(log["terms"]).mean((0, 1)))
+        return {"value_loss": losses[1].item(), "grad_norm/critic": sum(log["critic"]) / len(log["critic"])}
+
+    def _batches(self, trajectory: Trajectory, order: torch.Generator) -> list[slice]:
+        count = len(trajectory.latents) // self.size
+        shuffled = torch.randperm(count, generator=order).tolist()
+        return [slice(i * self.size, (i + 1) * self.size) for i in shuffled]
+
+    def _forward(self, trajectory, batch: slice, k: int, unconditional, is_last: bool) -> tuple[Tensor, Tensor]:
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        z = trajectory.latents[batch, k]
+        timesteps = trajectory.timesteps[k].expand(len(z))
+        return self.engine(z, timesteps, rows(trajectory.conditioning, batch), unconditional)
+
+    def _value_loss(self, values, trajectory, returns, batch: slice, k: int):
+        algorithm = self.config.algorithm
+        return value_loss(
+            values,
+            returns[batch, k],
+            trajectory.values[batch, k] if algorithm.value_clip_range else None,
+            algorithm.value_clip_range,
+            algorithm.target_clip,
+        )
+
+    def _backward(self, loss: Tensor, prediction: Tensor) -> None:
+        self.clock.watch_backward(prediction)
+        self.engine.backward(loss)
+        self.clock.backward_done()
+
+    def _step(self, terms: Tensor, work: list, log: dict) -> None:
+        """One optimizer step, unless a loss of its micro-batches is not finite. terms: [micro-batches, statistics]."""
+        bad = (~torch.isfinite(terms[:, :2])).nonzero()
+        if len(bad):
+            number, term = bad[0].tolist()
+            raise TrainingError(
+                f"the {('policy', 'value')[term]} loss is not finite at denoising step {work[number][1]}; this update "
+                "was not applied. Lower optimizer.policy_lr and optimizer.critic_lr, or algorithm.clip_range, and go "
+                "on from the last checkpoint with --resume auto"
+            )
+        module = self.engine.module
+        if any(p.requires_grad for p in module.trunk.parameters()):
+            log["actor"].append(gradient_norm(module.trunk, self.world))
+        log["critic"].append(gradient_norm(module.critic, self.world))
+        log["terms"].append(terms)
+        self.engine.step()
+
+
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
+
+
+def _max_over_ranks(x: Tensor) -> Tensor:
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x

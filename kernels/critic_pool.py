@@ -1,0 +1,58 @@
+"""Attention pooling of the trunk's tokens by one learned query per head: what the critic reads of a block.
+
+    x      = LayerNorm(h) (1 + scale) + shift                            no affine weights, eps 1e-6
+    k, v   = x key_weight^T, x value_weight^T                            split into heads of size d
+    output = concat over heads of softmax(query k^T / sqrt(d)) v
+
+    argument                   shape              dtype
+    h                          [B, N, D]          any floating type
+    query                      [heads, d]         any floating type
+    key_weight, value_weight   [heads * d, D]     any floating type
+    scale, shift               [B, D]             any floating type
+    output                     [B, heads * d]     float32 (float64 when h is)
+
+The tokens stay as they are in memory; statistics, softmax and products are computed in float32. AdaLN modulation: DiT
+(arXiv 2212.09748); pooling by learned queries: the PMA of Set Transformer (arXiv 1810.00825).
+"""
+
+import torch
+from torch import Tensor
+
+LAYER_NORM_EPS = 1e-6
+
+
+def critic_pool_reference(
+    h: Tensor, query: Tensor, key_weight: Tensor, value_weight: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    h, query, key_weight, value_weight, scale, shift = (
+        t.to(dtype) for t in (h, query, key_weight, value_weight, scale, shift)
+    )
+    heads, head_dim = query.shape
+    x = torch.nn.functional.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
+    x = x * (1.0 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    keys = (x @ key_weight.T).unflatten(-1, (heads, head_dim))
+    values = (x @ value_weight.T).unflatten(-1, (heads, head_dim))
+    attention = (torch.einsum("hd,bnhd->bhn", query, keys) * head_dim**-0.5).softmax(dim=-1)
+    return torch.einsum("bhn,bnhd->bhd", attention, values).flatten(1)
+
+
+def critic_pool(
+    h: Tensor, query: Tensor, key_weight: Tensor, value_weight: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
+    """Pools tokens `h` [B, N, D] into [B, heads * d], as described at the top of this file; differentiable in all.
+
+    ValueError names the argument whose shape does not fit.
+    """
+    if h.ndim != 3 or not h.is_floating_point():
+        raise ValueError(f"h must be floating point [B, N, D], got {h.dtype} {list(h.shape)}")
+    if query.ndim != 2:
+        raise ValueError(f"query must be [heads, d], got {list(query.shape)}")
+    batch, _, dim = h.shape
+    expected = {"key_weight": (query.numel(), dim), "value_weight": (query.numel(), dim)}
+    expected |= {"scale": (batch, dim), "shift": (batch, dim)}
+    given = {"key_weight": key_weight, "value_weight": value_weight, "scale": scale, "shift": shift}
+    for name, shape in expected.items():
+        if given[name].shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(given[name].shape)}")
+    return critic_pool_reference(h, query, key_weight, value_weight, scale, shift)

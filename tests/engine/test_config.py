@@ -1,0 +1,403 @@
+"""Configuration: what is accepted, and the exact message for what is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from latent_critic.engine.config import DERIVED_DEEPSPEED_KEYS, Config, RewardConfig, load_config, save_config
+from latent_critic.engine.config_text import key_table, write_key_table
+from latent_critic.engine.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.json"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a config file from sections (a reward is added) or raw text; returns its path."""
+
+    def write(content) -> Path:
+        path = tmp_path / "run.json"
+        text = content if isinstance(content, str) else json.dumps({"rewards": [{"name": "r"}], **content})
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def message(path, overrides=()) -> str:
+    """The error's text without the leading file name."""
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    return text.removeprefix(f"{path}: ")
+
+
+# ------------------------------------------------------------------------------------------------ what is accepted
+
+
+def test_defaults_are_those_of_the_method_for_the_embedded_model(write):
+    config = load_config(write({}))
+    assert (config.model.pretrained, config.prompts.train, config.prompts.eval) == (
+        "tiny-dit",
+        "scenes:train",
+        "scenes:held-out",
+    )
+    assert (config.algorithm.clip_range, config.algorithm.gamma, config.algorithm.lam) == (2e-3, 1.0, 1.0)
+    assert (config.optimizer.policy_lr, config.optimizer.critic_lr) == (1e-4, 1e-3)
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert (config.training.updates_per_iteration, config.training.value_pretraining_iterations) == (4, 15)
+    assert config.rewards == [RewardConfig(name="r", weight=1.0, params={})]
+    assert config.deepspeed == {"zero_optimization": {"stage": 3}}
+
+
+def test_values_of_the_file_replace_defaults_of_their_section_only(write):
+    config = load_config(write({"rollout": {"noise_level": 1}, "critic": {"taps": [0, 2]}}))
+    assert config.rollout.noise_level == 1.0 and isinstance(config.rollout.noise_level, float)
+    assert config.rollout.num_inference_steps == 10
+    assert config.critic.taps == [0, 2]
+
+
+def test_one_config_does_not_share_mutable_defaults_with_another(write):
+    path = write({})
+    load_config(path).deepspeed["zero_optimization"]["stage"] = 0
+    assert load_config(path).deepspeed == {"zero_optimization": {"stage": 3}}
+
+
+def test_save_writes_every_key_and_reads_back_equal(write, tmp_path):
+    config = load_config(write({"critic": {"taps": [1]}, "rewards": [{"name": "m:f", "params": {"a": [1, None]}}]}))
+    saved = tmp_path / "resolved.json"
+    save_config(config, saved)
+    assert load_config(saved) == config
+    assert json.loads(saved.read_text())["optimizer"]["betas"] == [0.9, 0.95]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["resolved.json", "run.json"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load_shard_and_split_over_one_or_two_processes(path):
+    config = load_config(path)
+    assert config.deepspeed["zero_optimization"] == {"stage": 3, "stage3_param_persistence_threshold": 0}
+    assert config.validate_batching(1) >= 1
+    assert config.validate_batching(2) >= 1
+
+
+# ------------------------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_take_json_and_bare_strings_and_list_items(write):
+    config = load_config(
+        write({"rewards": [{"name": "a"}, {"name": "b"}]}),
+        [
+            "training.iterations=20",
+            "optimizer.policy_lr=3e-4",
+            "output_dir=runs/a=b",
+            "prompts.train=scenes:train:counting+position",
+            "critic.taps=[0, 3]",
+            "model.gradient_checkpointing=true",
+            "algorithm.value_clip_range=null",
+            "rewards.1.weight=0.5",
+            "deepspeed.zero_optimization.stage=2",
+        ],
+    )
+    assert config.training.iterations == 20
+    assert config.optimizer.policy_lr == 3e-4
+    assert config.output_dir == "runs/a=b"
+    assert config.prompts.train == "scenes:train:counting+position"
+    assert config.critic.taps == [0, 3]
+    assert config.model.gradient_checkpointing is True
+    assert config.algorithm.value_clip_range is None
+    assert [reward.weight for reward in config.rewards] == [1.0, 0.5]
+    assert config.deepspeed == {"zero_optimization": {"stage": 2}}
+
+
+def test_a_later_override_wins_over_an_earlier_one_and_the_file(write):
+    assert load_config(write({"seed": 1}), ["seed=2", "seed=3"]).seed == 3
+
+
+def test_a_mistake_in_an_override_says_where_it_came_from(write):
+    assert message(write({}), ["training.iterations=many"]) == (
+        'training.iterations = "many" (given as an override): expected an integer >= 0'
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed", "expected section.key=value, as in training.iterations=20"),
+        ("=3", "expected section.key=value, as in training.iterations=20"),
+        ("rollout..noise_level=1", "expected section.key=value, as in training.iterations=20"),
+        ("rewards.1.weight=2", '"1" is no item of this list of 1 (counted from 0)'),
+        ("rewards.first.weight=2", '"first" is no item of this list of 1 (counted from 0)'),
+        ("rewards.1={}", '"1" is no item of this list of 1 (counted from 0)'),
+        ("output_dir.name=x", 'output_dir holds "here", no keys'),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_refused(write, override, expected):
+    with pytest.raises(UserError) as caught:
+        load_config(write({"output_dir": "here"}), [override])
+    assert str(caught.value) == f'override "{override}": {expected}'
+
+
+# --------------------------------------------------------------------------------------------------- wrong contents
+
+ROLLOUT_KEYS = (
+    "transition, noise_level, num_inference_steps, guidance_scale, samples_per_iteration, micro_batch_size, "
+    "train_last_step"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(
+            {"rollout": {"noise_levle": 0.7}},
+            "rollout.noise_levle = 0.7: unknown key; did you mean rollout.noise_level? "
+            f"Keys allowed here: {ROLLOUT_KEYS}",
+            id="misspelt key",
+        ),
+        pytest.param(
+            {"rollout": {"clip_range": 0.1}},
+            "rollout.clip_range = 0.1: unknown key; did you mean algorithm.clip_range? "
+            f"Keys allowed here: {ROLLOUT_KEYS}",
+            id="key of another section",
+        ),
+        pytest.param(
+            {"rollout": {"batch": 8}},
+            f"rollout.batch = 8: unknown key; did you mean rollout.micro_batch_size? Keys allowed here: {ROLLOUT_KEYS}",
+            id="key like no other",
+        ),
+        pytest.param(
+            {"rewards": [{"name": "a"}, {"name": "b", "wieght": 2}]},
+            "rewards[1].wieght = 2: unknown key; did you mean rewards[1].weight? "
+            "Keys allowed here: name, weight, params",
+            id="key in a list item",
+        ),
+        pytest.param({"seed": "0"}, 'seed = "0": expected an integer >= 0 and < 4294967296', id="string for integer"),
+        pytest.param({"seed": -1}, "seed = -1: expected an integer >= 0 and < 4294967296", id="out of range"),
+        pytest.param(
+            {"training": {"iterations": 1.5}}, "training.iterations = 1.5: expected an integer >= 0", id="fraction"
+        ),
+        pytest.param(
+            {"rollout": {"noise_level": True}},
+            "rollout.noise_level = true: expected a number > 0 and <= 2",
+            id="boolean for number",
+        ),
+        pytest.param(
+            {"model": {"gradient_checkpointing": 1}},
+            "model.gradient_checkpointing = 1: expected true or false",
+            id="number for boolean",
+        ),
+        pytest.param({"output_dir": 3}, "output_dir = 3: expected a string that is not empty", id="number for string"),
+        pytest.param({"model": "tiny-dit"}, 'model = "tiny-dit": expected an object {...}', id="string for section"),
+        pytest.param(
+            {"rollout": {"transition": "flow"}},
+            'rollout.transition = "flow": expected one of "flow-sde", "dance-sde", "cps", "ddim"',
+            id="no such choice",
+        ),
+        pytest.param({"algorithm": {"name": "grpo"}}, 'algorithm.name = "grpo": expected "ppo"', id="one choice"),
+        pytest.param(
+            {"critic": {"taps": [0, -1]}},
+            'critic.taps = [0, -1]: expected a list of integers >= 0 or "auto"',
+            id="either list or word",
+        ),
+        pytest.param(
+            {"critic": {"taps": [1, 1]}}, "critic.taps = [1, 1]: needs one block or more, each once", id="tap twice"
+        ),
+        pytest.param({"critic": {"taps": []}}, "critic.taps = []: needs one block or more, each once", id="no tap"),
+        pytest.param(
+            {"algorithm": {"value_clip_range": 0}},
+            "algorithm.value_clip_range = 0: expected a number > 0 or null",
+            id="number or null",
+        ),
+        pytest.param(
+            {"optimizer": {"betas": [0.9]}},
+            "optimizer.betas = [0.9]: expected a list of 2 numbers >= 0 and < 1",
+            id="short list",
+        ),
+        pytest.param(
+            {"optimizer": {"betas": [0.9, 1.0]}},
+            "optimizer.betas = [0.9, 1.0]: expected a list of 2 numbers >= 0 and < 1",
+            id="list item out of range",
+        ),
+        pytest.param(
+            {"algorithm": {"clip_range": 0}},
+            "algorithm.clip_range = 0: expected a number > 0 and < 1",
+            id="clip range 0",
+        ),
+        pytest.param(
+            {"rollout": {"num_inference_steps": 1}},
+            "rollout.num_inference_steps = 1: expected an integer >= 2 and <= 1000",
+            id="one step",
+        ),
+        pytest.param(
+            {"training": {"value_pretraining_iterations": -1}},
+            "training.value_pretraining_iterations = -1: expected an integer >= 0",
+            id="negative iterations",
+        ),
+        pytest.param(
+            {"rewards": []},
+            "rewards = []: expected a list of one or more objects with the keys name, weight, params",
+            id="no reward",
+        ),
+        pytest.param({"rewards": ["ocr"]}, 'rewards[0] = "ocr": expected an object {...}', id="reward by name"),
+        pytest.param(
+            {"rewards": [{"weight": 1}]}, "rewards[0].name: missing; expected a string that is not empty", id="missing"
+        ),
+        pytest.param(
+            '{"rewards": [{"name": "a", "weight": NaN}]}', "rewards[0].weight = NaN: expected a number", id="NaN"
+        ),
+        pytest.param(
+            {"rewards": [{"name": "a", "weight": 0}]},
+            "rewards: each weight is 0; give one reward or more another weight",
+            id="no weight",
+        ),
+        pytest.param(
+            {"rollout": {"transition": "cps", "noise_level": 1.5}},
+            'rollout.noise_level = 1.5: at most 1 for rollout.transition = "cps", whose std would exceed the noise '
+            "that the latent holds",
+            id="noise of cps",
+        ),
+        pytest.param(
+            {"critic": {"dim": 64, "num_heads": 5}},
+            "critic.num_heads = 5: must divide critic.dim = 64",
+            id="heads and width",
+        ),
+        pytest.param(
+            {"deepspeed": {"zero_optimisation": {"stage": 3}}},
+            "deepspeed.zero_optimisation: unknown to DeepSpeed; did you mean deepspeed.zero_optimization?",
+            id="misspelt key of DeepSpeed",
+        ),
+        pytest.param(
+            {"deepspeed": {"fp16": {"enabled": True}}},
+            "deepspeed.fp16: derived by the engine; set model.dtype instead",
+            id="derived key of DeepSpeed",
+        ),
+    ],
+)
+def test_a_mistake_names_the_key_what_was_given_and_what_is_allowed(write, content, expected):
+    assert message(write(content)) == expected
+
+
+def test_rewards_are_required(write):
+    assert message(write("{}")) == (
+        "rewards: missing; expected a list of one or more objects with the keys name, weight, params"
+    )
+
+
+def test_several_mistakes_have_a_line_each(write):
+    path = write({"seed": "a", "rollout": {"noise_level": -1}, "deepspeed": {"bf16": {}, "optimizer": {}}})
+    assert message(path).splitlines() == [
+        "4 mistakes",
+        '  seed = "a": expected an integer >= 0 and < 4294967296',
+        "  rollout.noise_level = -1: expected a number > 0 and <= 2",
+        "  deepspeed.bf16: derived by the engine; set model.dtype instead",
+        "  deepspeed.optimizer: derived by the engine; set optimizer.policy_lr, optimizer.critic_lr, optimizer.betas "
+        "and optimizer.weight_decay instead",
+    ]
+
+
+def test_each_derived_deepspeed_key_is_refused_and_points_to_keys_that_exist(write):
+    text = message(write({"deepspeed": dict.fromkeys(DERIVED_DEEPSPEED_KEYS)}))
+    table = key_table(Config)
+    for key, ours in DERIVED_DEEPSPEED_KEYS.items():
+        assert f"deepspeed.{key}: derived by the engine; set {ours} instead" in text
+        for dotted in ours.replace(" and ", ", ").split(", "):
+            assert f"| `{dotted}` |" in table
+
+
+def test_a_long_value_is_cut(write):
+    text = message(write({"seed": "x" * 500}))
+    assert text == 'seed = "' + "x" * 56 + "...: expected an integer >= 0 and < 4294967296"
+
+
+# ------------------------------------------------------------------------------------------------------ wrong files
+
+
+def test_a_syntax_error_names_line_and_column(write):
+    path = write('{\n  "seed": 0,\n  "model" {}\n}')
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}:3:11: not valid JSON: Expecting ':' delimiter"
+
+
+def test_a_key_given_twice_is_refused(write):
+    assert message(write('{"seed": 0, "seed": 1}')) == 'key "seed" is given twice in the same object; keep one'
+
+
+def test_a_file_that_is_no_object_is_refused(write):
+    assert message(write("[1]")) == "expected a JSON object of sections, got [1]"
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_bytes(b'{"\xff": 0}')
+    assert message(path) == "not UTF-8 text: invalid start byte at byte 2"
+
+
+def test_a_missing_file_names_the_nearest_one(tmp_path):
+    for name in ("zero3_dit.json", "zero3_unet.json", "notes.txt"):
+        (tmp_path / name).touch()
+    assert message(tmp_path / "zero3-dit.json") == f"no such file; nearest in {tmp_path}: zero3_dit.json"
+
+
+def test_a_missing_file_in_an_empty_or_missing_folder_says_so(tmp_path):
+    assert message(tmp_path / "a.json") == f"no such file; {tmp_path} holds no files"
+    assert message(tmp_path / "no" / "a.json") == f"no such file; the folder {tmp_path / 'no'} does not exist"
+
+
+def test_a_folder_is_no_file(tmp_path):
+    assert message(tmp_path) == "cannot be read: Is a directory"
+
+
+# --------------------------------------------------------------------------------------------------------- batching
+
+
+def batching(samples: int, micro_batch: int, updates: int) -> Config:
+    return Config.model_validate(
+        {
+            "rewards": [{"name": "r"}],
+            "rollout": {"samples_per_iteration": samples, "micro_batch_size": micro_batch},
+            "training": {"updates_per_iteration": updates},
+        }
+    )
+
+
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 6), (2, 3), (6, 1)])
+def test_batching_counts_the_micro_batches_of_an_update(world_size, micro_batches):
+    assert batching(192, 16, 2).validate_batching(world_size) == micro_batches  # 192 = 16 * 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("samples", "nearest"),
+    [
+        (200, "192 (or 256)"),
+        (250, "256 (or 192)"),
+        (10, "64"),  # below one unit there is only one way
+    ],
+)
+def test_impossible_batching_states_the_nearest_valid_number(samples, nearest):
+    with pytest.raises(UserError) as caught:
+        batching(samples, 16, 2).validate_batching(2)
+    assert str(caught.value) == (
+        f"rollout.samples_per_iteration = {samples}: must be a multiple of 64 = rollout.micro_batch_size 16 x "
+        f"training.updates_per_iteration 2 x 2 processes; nearest valid: {nearest}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- documentation
+
+
+def test_every_key_has_a_meaning():
+    rows = key_table(Config).splitlines()[2:]
+    assert all(cell.strip() for row in rows for cell in row.strip("|").split("|"))
+    assert all(row.count("|") == 5 for row in rows)
+
+
+def test_the_readme_of_configs_is_in_sync(tmp_path):
+    page = ROOT / "configs" / "README.md"
+    rewritten = tmp_path / "README.md"
+    rewritten.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    write_key_table(Config, rewritten)
+    assert rewritten.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), "run `make docs`"

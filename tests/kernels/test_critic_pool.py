@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from latent_critic.kernels import critic_pool
+
+
+def _inputs(batch=3, tokens=11, dim=20, heads=4, head_dim=6, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    width = heads * head_dim
+    return {
+        "h": 3.0 * randn(batch, tokens, dim) + 1.0,
+        "query": randn(heads, head_dim),
+        "key_weight": randn(width, dim),
+        "value_weight": randn(width, dim),
+        "scale": 0.3 * randn(batch, dim),
+        "shift": 0.3 * randn(batch, dim),
+    }
+
+
+def _multihead_attention(h, query, key_weight, value_weight, scale, shift):
+    """The same formula through torch.nn: identity query and output projections, the query as the only token."""
+    heads, head_dim = query.shape
+    width, dim = key_weight.shape
+    attention = torch.nn.MultiheadAttention(width, heads, bias=False, kdim=dim, vdim=dim, batch_first=True).double()
+    with torch.no_grad():
+        attention.q_proj_weight.copy_(torch.eye(width))
+        attention.out_proj.weight.copy_(torch.eye(width))
+        attention.k_proj_weight.copy_(key_weight)
+        attention.v_proj_weight.copy_(value_weight)
+        x = torch.nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)(h) * (1 + scale[:, None]) + shift[:, None]
+        return attention(query.reshape(1, 1, width).expand(len(h), 1, width), x, x)[0][:, 0]
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_against_multihead_attention(tokens, heads):
+    inputs = _inputs(tokens=tokens, heads=heads)
+    # float64 on both sides: sums of at most 24 products of order 1, so far below 1e-12.
+    torch.testing.assert_close(critic_pool(**inputs), _multihead_attention(**inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_float32_is_close_to_float64():
+    inputs = _inputs()
+    pooled = critic_pool(**{name: x.float() for name, x in inputs.items()})
+    assert pooled.dtype == torch.float32 and pooled.shape == (3, 24)
+    # Scores up to about 20 carry 1e-6 of rounding, which the softmax turns into a relative error of the weights.
+    torch.testing.assert_close(pooled.double(), critic_pool(**inputs), rtol=1e-5, atol=2e-5)
+
+
+def test_half_precision_tokens_are_widened():
+    inputs = {name: x.bfloat16() for name, x in _inputs().items()}
+    pooled = critic_pool(**inputs)
+    assert pooled.dtype == torch.float32
+    assert torch.equal(pooled, critic_pool(**{name: x.float() for name, x in inputs.items()}))
+
+
+def test_shift_cancels_in_the_softmax():
+    inputs = _inputs()
+    without = critic_pool(**(inputs | {"shift": torch.zeros_like(inputs["shift"])}))
+    # Every token moves by the same vector: no change of the attention, and value_weight times it in the output.
+    expected = without + inputs["shift"] @ inputs["value_weight"].T
+    torch.testing.assert_close(critic_pool(**inputs), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_order_of_the_tokens_does_not_matter():
+    inputs = _inputs()
+    permuted = inputs | {"h": inputs["h"].flip(1)}
+    torch.testing.assert_close(critic_pool(**permuted), critic_pool(**inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck_in_every_argument():
+    inputs = _inputs(batch=2, tokens=3, dim=5, heads=2, head_dim=2)
+    arguments = tuple(x.requires_grad_() for x in inputs.values())
+    assert torch.autograd.gradcheck(critic_pool, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("h", (3, 20)),
+        ("query", (24,)),
+        ("key_weight", (24, 19)),
+        ("value_weight", (20, 24)),
+        ("scale", (1, 20)),
+        ("shift", (3, 11, 20)),
+    ],
+)
+def test_bad_argument_is_named(name, shape):
+    with pytest.raises(ValueError, match=rf"^{name} must"):
+        critic_pool(**(_inputs() | {name: torch.zeros(shape, dtype=torch.float64)}))

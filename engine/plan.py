@@ -1,13 +1,13 @@
 """What a run is going to be, said before it starts."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .actor_critic import ActorCritic
 from .config import Config
-from .rollout import Model
 from .sharding import World, resolve_dtype
 
 
@@ -16,20 +16,54 @@ def count(module: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
-def time_forward(model: Model, *inputs) -> float:
-    """Seconds of one forward without gradient, the second of two."""
+@dataclass(frozen=True)
+class Measurement:
+    """One micro-batch through the unsharded actor-critic, on this machine."""
+
+    forward: float  # seconds without gradient
+    training: float  # seconds of a forward and its backward
+    activations: int  # bytes kept for the backward
+
+
+def measure(model: ActorCritic, *inputs) -> Measurement:
+    """Times the second pass of each kind and counts what autograd keeps. Leaves no gradients behind."""
+    with torch.no_grad():
+        forward = _seconds(lambda: model(*inputs)[1].sum().item())
+    training = _seconds(lambda: _loss(model(*inputs)).backward())
+    kept: dict[int, int] = {}
+
+    def count_bytes(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
+        loss = _loss(model(*inputs))
+    weights = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.data_ptr() in kept)
+    del loss
+    model.zero_grad(set_to_none=True)
+    return Measurement(forward, training, max(0, sum(kept.values()) - weights))
+
+
+def _loss(outputs) -> torch.Tensor:
+    prediction, values = outputs
+    return prediction.square().mean() + values.square().mean()
+
+
+def _seconds(run) -> float:
     for _ in range(2):
         begin = time.perf_counter()
-        with torch.no_grad():
-            model(*inputs)[1].sum().item()  # waits for the device
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
     return seconds
 
 
-def describe_plan(config: Config, world: World, model: ActorCritic, trained_steps: int, forward: float) -> str:
+def describe_plan(config: Config, world: World, model: ActorCritic, trained_steps: int, cost: Measurement) -> str:
     """A few lines: model, batch arithmetic, memory of the training state, predicted time.
 
-    forward: seconds of one micro-batch forward. A training step is taken as three forwards.
+    The time is that of the model alone; decoding, rewards and sharding come on top.
     """
     rollout, training = config.rollout, config.training
     dtype = resolve_dtype(config.model.dtype, world.device)
@@ -39,11 +73,12 @@ def describe_plan(config: Config, world: World, model: ActorCritic, trained_step
     state = 16 * (policy + critic) / (world.size if stage == 3 else 1)
     batches = rollout.samples_per_iteration // (rollout.micro_batch_size * world.size)
     steps = rollout.num_inference_steps
-    pretraining = forward * batches * (steps + trained_steps * training.value_pretraining_epochs)
-    iteration = forward * batches * (steps + trained_steps * (3 + training.critic_epochs))
+    pretraining = batches * cost.forward * (steps + trained_steps * training.value_pretraining_epochs)
+    critic_only = trained_steps * training.critic_epochs
+    iteration = batches * (cost.forward * (steps + critic_only) + cost.training * trained_steps)
     evaluations = 2 + (training.iterations // config.evaluation.every if config.evaluation.every else 0)
     per_evaluation = -(-config.evaluation.num_prompts // (rollout.micro_batch_size * world.size))
-    evaluation = forward * per_evaluation * (steps + config.evaluation.num_inference_steps)
+    evaluation = cost.forward * per_evaluation * (steps + config.evaluation.num_inference_steps)
     total = (
         training.value_pretraining_iterations * pretraining + training.iterations * iteration + evaluations * evaluation
     )
@@ -56,7 +91,8 @@ def describe_plan(config: Config, world: World, model: ActorCritic, trained_step
         "iteration": f"{rollout.samples_per_iteration} samples in micro-batches of {rollout.micro_batch_size}, "
         f"{training.updates_per_iteration} updates",
         "rewards": ", ".join(f"{reward.name} x {reward.weight:g}" for reward in config.rewards),
-        "memory": f"{state / 2**20:,.0f} MiB of weights, gradients and optimizer a process, and activations",
+        "memory": f"{state / 2**20:,.0f} MiB of weights, gradients and optimizer, {cost.activations / 2**20:,.0f} MiB "
+        "of activations, a process",
         "length": f"{training.value_pretraining_iterations} value-pretraining + {training.iterations} PPO iterations, "
         f"about {_duration(total)} ({iteration:.1f} s an iteration)",
     }

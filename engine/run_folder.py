@@ -9,8 +9,9 @@ from .errors import UserError
 def choose(output_dir: str, resume: str | None) -> Path:
     """The run's folder, not created yet.
 
-    Without `resume` an existing run is never touched: `runs/x` becomes `runs/x-2`, `runs/x-3`, ... With "auto" it is the
-    newest of these (a new one where there is none); with a path, that folder. Raises UserError where it holds no run.
+    Without `resume` an existing run is never touched: `runs/x` becomes `runs/x-2`, `runs/x-3`, ... With "auto" it is
+    the newest of these (a new one where there is none); with a path, that folder. Raises UserError where it holds no
+    run.
     """
     base = Path(output_dir)
     if resume not in (None, "auto"):

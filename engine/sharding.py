@@ -34,7 +34,7 @@ class World:
 
 
 def init_distributed() -> World:
-    """Joins the processes of the `deepspeed` launcher, or stands alone under plain `python`: nccl on GPUs, else gloo."""
+    """Joins the `deepspeed` launcher's processes, or stands alone under plain `python`: nccl on GPUs, else gloo."""
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
@@ -63,13 +63,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpeedEngine:
-    """Wraps the actor-critic in DeepSpeed, policy and critic as parameter groups of their own.
+    """Wraps the actor-critic, already of its dtype, in DeepSpeed: policy and critic are parameter groups of their own.
 
     Raises UserError where DeepSpeed refuses the `deepspeed` section.
     """
     options = config.optimizer
     dtype = resolve_dtype(config.model.dtype, world.device)
-    model.to(world.device, dtype)
     optimizer = PhasedAdamW(
         [
             {"params": [p for p in model.trunk.parameters() if p.requires_grad], "lr": options.policy_lr},

@@ -11,18 +11,18 @@ from . import reports
 from .actor_critic import ActorCritic
 from .advantages import explained_variance, gae, mean_and_variance, normalize
 from .backbones import load_backbone
-from .backbones.base import timestep_of
+from .backbones.base import Conditioning, timestep_of
 from .checkpoint import CheckpointStore, disk_errors, export
 from .config import Config, save_config
 from .evaluate import Evaluation, Evaluator
 from .metrics import MetricsLogger, ProgressBar, read_metrics
-from .plan import describe_plan, time_forward
+from .plan import describe_plan, measure
 from .prompt_cache import PromptCache
 from .prompts import PromptSampler, load_prompts
 from .reward_stats import RunningStandardizer
 from .rewards import build_rewards, check_prompts, score_all
 from .rollout import rollout
-from .sharding import World, shard
+from .sharding import World, resolve_dtype, shard
 from .summary import summarize
 from .trajectory import Trajectory
 from .transitions import build_table, trained_steps
@@ -60,10 +60,12 @@ class Trainer:
 
         names = [reward.name for reward in self.rewards]
         self.model = ActorCritic(self.backbone, config.critic, names, config.rollout.guidance_scale).eval()
-        self.clock = TrunkClock(self.model.trunk, world.device)
-        self.engine = shard(self.model, config, world)
+        self.model.to(world.device, resolve_dtype(config.model.dtype, world.device))
         self.encode = PromptCache(self.backbone)
         self.guided = config.rollout.guidance_scale > 1
+        self.cost = measure(self.model, *self._micro_batch())
+        self.clock = TrunkClock(self.model.trunk, world.device)
+        self.engine = shard(self.model, config, world)
         self.updater = Updater(self.engine, config, world, self.clock)
         self.standardizer = RunningStandardizer(len(names))
         self.evaluator = Evaluator(
@@ -91,7 +93,7 @@ class Trainer:
         explained = explained_variance(values, returns).mean(1)
 
         order = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
-        unconditional = self.encode([""], self.world.device) if self.guided else None
+        unconditional = self._unconditional()
         if pretraining:
             epochs = config.training.value_pretraining_epochs
             update = self.updater.critic(trajectory, returns, unconditional, order, epochs)
@@ -156,11 +158,10 @@ class Trainer:
         main, start = self.world.is_main, self.store.latest()
         if start is not None:
             self.standardizer.load_state_dict(self.store.load(self.engine, start))
-        forward = self._time_forward()
         if main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.run_dir / "config.json")
-            plan = describe_plan(self.config, self.world, self.model, self.trained, forward)
+            plan = describe_plan(self.config, self.world, self.model, self.trained, self.cost)
             print(f"latent-critic: {self.run_dir}\n{plan}", flush=True)
             logging = self.config.logging
             log = MetricsLogger(
@@ -208,11 +209,13 @@ class Trainer:
         if self.world.is_main:
             reports.plot_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
 
-    def _time_forward(self) -> float:
-        """Seconds of one micro-batch through the sharded model, by all ranks together."""
+    def _micro_batch(self) -> tuple:
+        """Inputs of one forward, for measuring."""
         size = self.config.rollout.micro_batch_size
         prompts = self.sampler.batch(0, self.config.rollout.samples_per_iteration)[:size]
-        conditioning = self.encode([prompt.text for prompt in prompts], self.world.device)
-        unconditional = self.encode([""], self.world.device) if self.guided else None
         latents = torch.zeros(size, *self.backbone.latent_shape, device=self.world.device)
-        return time_forward(self.engine, latents, self.timesteps[0].expand(size), conditioning, unconditional)
+        conditioning = self.encode([prompt.text for prompt in prompts], self.world.device)
+        return latents, self.timesteps[0].expand(size), conditioning, self._unconditional()
+
+    def _unconditional(self) -> Conditioning | None:
+        return self.encode([""], self.world.device) if self.guided else None

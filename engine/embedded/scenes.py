@@ -71,7 +71,7 @@ class Scene:
         )
 
 
-_GROUP = r"(a|two|three) (?:(%s) )?(%s)(?:e?s)?" % ("|".join(COLORS), "|".join(SHAPES))
+_GROUP = rf"(a|two|three) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})(?:e?s)?"
 _CAPTION = re.compile(rf'{_GROUP}(?: (and|{"|".join(RELATIONS)}) {_GROUP})?(?: and the text "(\w+)")?')
 
 

@@ -1,0 +1,96 @@
+"""What several test files need: a small but complete pipeline folder, and a world of one process."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+DEPTH, WIDTH = 3, 64  # of the tiny pipeline's trunk
+PICTURE, LATENT = 64, (4, 16, 16)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Tensors here are so small that threads only wait for each other.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a StableDiffusion3Pipeline in float32: random weights, 64 x 64 pictures, T5 included.
+
+    Each matrix has unit gain and no vector is zero, so that what the parts return is of order 1 and depends on all they
+    are given: prompt (through CLIP and T5), time and latents.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import T5Tokenizer
+
+    from latent_critic.engine.embedded import train_tiny_dit as tiny
+
+    tokenizer = tiny.build_tokenizer()
+    t5_tokenizer = tiny.build_tokenizer(T5Tokenizer(extra_ids=0, model_max_length=512))
+    parts = {
+        "text_encoder": tiny.build_text_encoder(tokenizer, 64, 2),
+        "text_encoder_2": tiny.build_text_encoder(tokenizer, 32, 2),
+        "text_encoder_3": tiny.build_t5(t5_tokenizer),
+        "vae": tiny.build_vae(),
+        "transformer": SD3Transformer2DModel(
+            sample_size=LATENT[1],
+            patch_size=2,
+            in_channels=LATENT[0],
+            out_channels=LATENT[0],
+            num_layers=DEPTH,
+            attention_head_dim=16,
+            num_attention_heads=WIDTH // 16,
+            caption_projection_dim=WIDTH,
+            joint_attention_dim=96,
+            pooled_projection_dim=96,
+            pos_embed_max_size=8,
+            qk_norm="rms_norm",
+        ),
+    }
+    generator = torch.Generator().manual_seed(0)
+    for part in parts.values():
+        _randomize(part, generator)
+    parts["vae"].register_to_config(shift_factor=0.2, scaling_factor=1.4)
+    folder = tmp_path_factory.mktemp("tiny-pipeline")
+    StableDiffusion3Pipeline(
+        **parts,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=t5_tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)
+    return folder
+
+
+def _randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
+    for parameter in module.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 100  # vectors, norms among them, get a little noise
+        noise = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+        parameter.data = noise if parameter.ndim > 1 else 1.0 + noise if bool((parameter == 1).all()) else noise
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator:
+    """This process as a world of one, on gloo or nccl.
+
+    The environment is left as it was, but for the LOCAL_RANK that DeepSpeed asks for: processes that a test starts must
+    not meet at this one's port.
+    """
+    from latent_critic.engine.sharding import init_distributed
+
+    before = dict(os.environ)
+    found = init_distributed()
+    os.environ.clear()
+    os.environ.update({**before, "LOCAL_RANK": "0"})
+    yield found
+    torch.distributed.destroy_process_group()

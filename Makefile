@@ -44,12 +44,10 @@ docs: $(READY)  ## write the key table of configs/README.md from the schema
 	$(BIN)python -P -c "from latent_critic.engine import config, config_text as text; \
 		text.write_key_table(config.Config, 'configs/README.md')"
 
-bench: $(READY)  ## throughput and kernel benchmarks into bench/results
+bench: $(READY)  ## throughput benchmark into bench/results
 	$(BIN)python bench/throughput.py
-	$(BIN)python bench/kernels.py
 
-gpu: $(READY)  ## tests marked gpu and both benchmarks, results into $OUT (default bench/results)
+gpu: $(READY)  ## tests marked gpu and the benchmark, results into $OUT (default bench/results)
 	mkdir -p "$${OUT:-bench/results}"
 	$(BIN)pytest -m gpu --junitxml="$${OUT:-bench/results}/gpu-tests.xml" $(PYTEST_ARGS)
 	$(BIN)python bench/throughput.py --output-dir "$${OUT:-bench/results}"
-	$(BIN)python bench/kernels.py --output-dir "$${OUT:-bench/results}"

@@ -44,17 +44,24 @@ class ActorCritic(nn.Module):
         block.register_forward_hook(keep)
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, unconditional: Conditioning | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning | None = None,
+        guidance_scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Prediction [B, C, H, W] and values [B, M], both float32.
 
-        latents: float32 [B, C, H, W]; timesteps: float32 [B], 0..1000. With guidance above 1 the unconditional branch
-        runs in the same batch, in front, and the critic reads the conditional half.
+        latents: float32 [B, C, H, W]; timesteps: float32 [B], 0..1000; guidance_scale: None is the trained one. With
+        guidance above 1 the unconditional branch runs in the same batch, in front, and the critic reads the
+        conditional half.
         """
+        guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         dtype = next(self.trunk.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
         inputs, steps = latents.to(dtype), timesteps
-        if self.guidance_scale > 1:
+        if guidance > 1:
             conditioning = {
                 name: torch.cat([unconditional[name].to(dtype).expand_as(tensor), tensor])
                 for name, tensor in conditioning.items()
@@ -62,9 +69,9 @@ class ActorCritic(nn.Module):
             inputs, steps = torch.cat([inputs, inputs]), torch.cat([steps, steps])
         prediction = self.backbone.predict(self.trunk, inputs, steps, conditioning).float()
         features = [self._features.pop(index) for index in self.tap_indices]
-        if self.guidance_scale > 1:
+        if guidance > 1:
             without, with_prompt = prediction.chunk(2)
-            prediction = without + self.guidance_scale * (with_prompt - without)
+            prediction = without + guidance * (with_prompt - without)
             features = [tokens.chunk(2)[1] for tokens in features]
         if self.detach:
             features = [tokens.detach() for tokens in features]

@@ -1,5 +1,6 @@
 """Held-out evaluation: the same prompts, seeds and sampler each time."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .advantages import explained_variance
 from .backbones.base import Backbone, timestep_of
 from .config import Config
 from .embedded.scenes import parse
@@ -36,8 +36,10 @@ class Evaluation:
 
     @property
     def explained_variance(self) -> Tensor:
-        """float64 [K, M] on held-out prompts."""
-        return explained_variance(self.values, self.returns)
+        """float64 [K, M] on held-out prompts, as `advantages.explained_variance`, but of this process alone."""
+        returns, residuals = self.returns.double(), self.returns.double() - self.values
+        variance, left = ((x - x.mean(0)).square().mean(0) for x in (returns, residuals))
+        return torch.where(variance > 0, 1.0 - left / torch.where(variance > 0, variance, 1.0), 0.0)
 
     def row(self) -> dict:
         """Flat metrics: mean and standard error of each reward, the first one's mean by task, explained variance."""
@@ -89,9 +91,11 @@ class Evaluator:
         self.table, self.timesteps = table, timesteps
 
     def __call__(self, model: Model, standardizer: RunningStandardizer) -> Evaluation:
-        options, sigmas = self.config.evaluation, self.backbone.sigmas(self.config.evaluation.num_inference_steps)
-        images, scores, _ = self._sample(model, ode_table(sigmas), timestep_of(sigmas[:-1]), self.rewards)
-        _, earned, values = self._sample(model, self.table, self.timesteps, self.trained)
+        options, trained_guidance = self.config.evaluation, self.config.rollout.guidance_scale
+        sigmas = self.backbone.sigmas(options.num_inference_steps)
+        ode = ode_table(sigmas), timestep_of(sigmas[:-1])
+        images, scores, _ = self._sample(model, *ode, options.guidance_scale, self.rewards)
+        _, earned, values = self._sample(model, self.table, self.timesteps, trained_guidance, self.trained)
         steps = int((self.table[:, 2] > 0).sum())
         standardized = standardizer.standardize(earned) if standardizer.count > 0 else earned
         returns = standardized[:, None].expand(-1, steps, -1)
@@ -105,14 +109,14 @@ class Evaluator:
             returns[:count],
         )
 
-    def _sample(self, model: Model, table: Tensor, timesteps: Tensor, rewards: list[Reward]):
+    def _sample(self, model: Model, table: Tensor, timesteps: Tensor, guidance: float, rewards: list[Reward]):
         """Images (first GRID), scores and values of all prompts, in their order, on every rank."""
         world, size = self.world, self.config.rollout.micro_batch_size
         padded = -(-len(self.prompts) // world.size)  # every rank takes as many, since ZeRO-3 gathers together
         indices = torch.arange(world.rank * padded, (world.rank + 1) * padded)
         mine = [self.prompts[i % len(self.prompts)] for i in indices.tolist()]
         trajectory = rollout(
-            model,
+            functools.partial(model, guidance_scale=guidance),
             self.encode,
             mine,
             indices,
@@ -122,7 +126,7 @@ class Evaluator:
             seed=self.config.evaluation.seed,
             micro_batch_size=size,
             device=world.device,
-            guided=self.config.evaluation.guidance_scale > 1,
+            guided=guidance > 1,
         )
         images = torch.cat([self.backbone.decode(part).cpu() for part in trajectory.latents[:, -1].split(size)])
         scores = score_all(rewards, images, [p.text for p in mine], [p.metadata for p in mine])

@@ -13,6 +13,10 @@
 
 The tokens stay as they are in memory; statistics, softmax and products are computed in float32. AdaLN modulation: DiT
 (arXiv 2212.09748); pooling by learned queries: the PMA of Set Transformer (arXiv 1810.00825).
+
+`critic_pool` computes the same without a product over N tokens: with one query per head, query k^T is x times
+u = key_weight^T query, where the shift cancels in the softmax and LayerNorm and scale fold into u; and value_weight is
+applied to the pooled token. What is left of N reads h: its statistics, N x heads scores and one weighted sum.
 """
 
 import torch
@@ -37,6 +41,27 @@ def critic_pool_reference(
     return torch.einsum("bhn,bnhd->bhd", attention, values).flatten(1)
 
 
+def critic_pool_folded(
+    h: Tensor, query: Tensor, key_weight: Tensor, value_weight: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    h, query, key_weight, value_weight, scale, shift = (
+        t.to(dtype) for t in (h, query, key_weight, value_weight, scale, shift)
+    )
+    heads, head_dim = query.shape
+    scale, shift = 1.0 + scale.unsqueeze(1), shift.unsqueeze(1)  # [B, 1, D]
+    folded = torch.einsum("hd,hdD->hD", query, key_weight.unflatten(0, (heads, head_dim))) * head_dim**-0.5
+    u = scale * folded  # [B, heads, D]
+    variance, mean = torch.var_mean(h, dim=-1, correction=0)
+    inverse_std = (variance + LAYER_NORM_EPS).rsqrt().unsqueeze(1)  # [B, 1, N]
+    mean = mean.unsqueeze(1)
+    scores = (u @ h.transpose(1, 2) - mean * u.sum(-1, keepdim=True)) * inverse_std
+    weights = scores.softmax(dim=-1) * inverse_std  # [B, heads, N]
+    normalized = weights @ h - (weights * mean).sum(-1, keepdim=True)
+    pooled = normalized * scale + shift  # [B, heads, D]
+    return torch.einsum("bhD,hdD->bhd", pooled, value_weight.unflatten(0, (heads, head_dim))).flatten(1)
+
+
 def critic_pool(
     h: Tensor, query: Tensor, key_weight: Tensor, value_weight: Tensor, scale: Tensor, shift: Tensor
 ) -> Tensor:
@@ -55,4 +80,4 @@ def critic_pool(
     for name, shape in expected.items():
         if given[name].shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(given[name].shape)}")
-    return critic_pool_reference(h, query, key_weight, value_weight, scale, shift)
+    return critic_pool_folded(h, query, key_weight, value_weight, scale, shift)

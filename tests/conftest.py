@@ -1,14 +1,14 @@
 """What several test files need: a small but complete pipeline folder, and a world of one process."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 DEPTH, WIDTH = 3, 64  # of the tiny pipeline's trunk
-PICTURE, LATENT = 64, (4, 16, 16)
+CHANNELS, SIDE = 4, 16  # of its latents; its pictures are 64 x 64
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,10 +43,10 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text_encoder_3": tiny.build_t5(t5_tokenizer),
         "vae": tiny.build_vae(),
         "transformer": SD3Transformer2DModel(
-            sample_size=LATENT[1],
+            sample_size=SIDE,
             patch_size=2,
-            in_channels=LATENT[0],
-            out_channels=LATENT[0],
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
             num_layers=DEPTH,
             attention_head_dim=16,
             num_attention_heads=WIDTH // 16,
@@ -94,3 +94,43 @@ def world() -> Iterator:
     os.environ.update({**before, "LOCAL_RANK": "0"})
     yield found
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def tiny_config(tiny_pipeline: Path) -> Callable:
+    """make(section={key: value}): a valid configuration of a small run on the tiny pipeline, changed as given."""
+    from latent_critic.engine.config import Config
+
+    def make(**changes):
+        sections = {
+            "model": {"pretrained": str(tiny_pipeline), "max_sequence_length": 0},
+            "rollout": {"num_inference_steps": 4, "samples_per_iteration": 8, "micro_batch_size": 2},
+            "critic": {"dim": 32, "num_heads": 2},
+            "rewards": [{"name": "jpeg_compressibility"}, {"name": "composition"}],
+            "training": {"updates_per_iteration": 2},
+            "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        }
+        for name, change in changes.items():
+            sections[name] = {**sections.get(name, {}), **change} if isinstance(change, dict) else change
+        return Config.model_validate(sections)
+
+    return make
+
+
+@pytest.fixture
+def tiny_model() -> Callable:
+    """make(config): its actor-critic on the CPU, unsharded. awake: with heads that do not start at zero."""
+    from latent_critic.engine.actor_critic import ActorCritic
+    from latent_critic.engine.backbones import load_backbone
+
+    def make(config, awake: bool = True):
+        torch.manual_seed(1)
+        backbone = load_backbone(config.model.pretrained, config.model.max_sequence_length)
+        names = [reward.name for reward in config.rewards]
+        model = ActorCritic(backbone, config.critic, names, config.rollout.guidance_scale).eval()
+        if awake:
+            for head in model.critic.heads:
+                torch.nn.init.normal_(head[-1].weight)
+        return model
+
+    return make

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from latent_critic.kernels import critic_pool
+from latent_critic.kernels.critic_pool import critic_pool_reference
 
 
 def _inputs(batch=3, tokens=11, dim=20, heads=4, head_dim=6, dtype=torch.float64, seed=0):
@@ -41,6 +42,19 @@ def test_against_multihead_attention(tokens, heads):
     inputs = _inputs(tokens=tokens, heads=heads)
     # float64 on both sides: sums of at most 24 products of order 1, so far below 1e-12.
     torch.testing.assert_close(critic_pool(**inputs), _multihead_attention(**inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_folding_changes_neither_values_nor_gradients():
+    inputs = {name: x.requires_grad_() for name, x in _inputs().items()}
+    weights = torch.randn(3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found, expected = critic_pool(**inputs), critic_pool_reference(**inputs)
+    # float64 on both sides, in another order of summation.
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for name, x in inputs.items():
+        ours, theirs = (
+            torch.autograd.grad((out * weights).sum(), x, retain_graph=True)[0] for out in (found, expected)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_float32_is_close_to_float64():

@@ -1,0 +1,78 @@
+"""The prompt cache: each text is encoded once, and always to the same bits."""
+
+import pytest
+import torch
+
+from latent_critic.engine.backbones import load_backbone
+from latent_critic.engine.prompt_cache import PromptCache
+
+CPU = torch.device("cpu")
+TEXTS = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square", "triangle")]
+
+
+class Counting:
+    """A backbone that keeps account of what it was asked to encode."""
+
+    def __init__(self, backbone):
+        self.backbone, self.asked = backbone, []
+
+    def encode_prompts(self, texts):
+        self.asked.append(list(texts))
+        return self.backbone.encode_prompts(texts)
+
+    @property
+    def distinct(self):
+        return [text for batch in self.asked for text in dict.fromkeys(batch)]
+
+
+@pytest.fixture(scope="module", params=[0, 16], ids=["without T5", "with T5"])
+def backbone(tiny_pipeline, request):
+    return load_backbone(str(tiny_pipeline), request.param)
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_each_text_is_encoded_once(backbone):
+    counting = Counting(backbone)
+    encode = PromptCache(counting, batch_size=4)
+    encode([TEXTS[0], TEXTS[1], TEXTS[0]], CPU)
+    assert counting.distinct == TEXTS[:2]
+    encode(TEXTS, CPU)
+    assert sorted(counting.distinct) == sorted(TEXTS)
+    calls = len(counting.asked)
+    encode(TEXTS[::-1], CPU)
+    assert len(counting.asked) == calls
+    assert all(len(batch) == 4 for batch in counting.asked)
+
+
+def test_equals_direct_encoding_in_order(backbone):
+    texts = [TEXTS[4], TEXTS[0], TEXTS[4], ""]
+    found = PromptCache(backbone)(texts, CPU)
+    direct = backbone.encode_prompts(texts)
+    assert found.keys() == direct.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
+    for name in found:
+        assert found[name].shape == direct[name].shape and found[name].dtype == torch.float32
+        # Batches of other sizes: sums of up to 256 products of order 1 in another order, through 2 layers.
+        torch.testing.assert_close(found[name], direct[name], rtol=0, atol=2e-5)
+    assert not torch.allclose(found["pooled_prompt_embeds"][0], found["pooled_prompt_embeds"][1], atol=0.1)
+
+
+def test_a_text_has_the_same_bits_whatever_was_asked_before(backbone):
+    """A resumed run, and each of several ranks, fills its cache in another order than one uninterrupted process."""
+    whole = PromptCache(backbone)(TEXTS, CPU)
+    single = PromptCache(backbone)
+    parts = [single([text], CPU) for text in TEXTS[::-1]][::-1]
+    assert equal(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
+    pairs = PromptCache(backbone)
+    pairs([TEXTS[8], TEXTS[3]], CPU)
+    assert equal(whole, pairs(TEXTS, CPU))
+
+
+def test_callers_cannot_spoil_the_cache(backbone):
+    encode = PromptCache(backbone)
+    before = {name: tensor.clone() for name, tensor in encode(TEXTS[:1], CPU).items()}
+    for tensor in encode(TEXTS[:1], CPU).values():
+        tensor.zero_()
+    assert equal(before, encode(TEXTS[:1], CPU))

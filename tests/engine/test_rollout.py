@@ -1,0 +1,176 @@
+"""Rollout: what is stored, the same samples however the work is cut, and ratio 1 for every transition."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from latent_critic.engine.backbones.base import timestep_of
+from latent_critic.engine.noise import keyed_noise
+from latent_critic.engine.prompt_cache import PromptCache
+from latent_critic.engine.prompts import Prompt
+from latent_critic.engine.rollout import rollout, rows
+from latent_critic.engine.trajectory import concatenate
+from latent_critic.engine.transitions import build_table, ddim_table, trained_steps
+from latent_critic.kernels import policy_loss, transition_log_prob
+
+CPU = torch.device("cpu")
+PROMPTS = [Prompt(text) for text in ("a red circle", "two blue squares", "a green triangle", "a red circle")] * 2
+STEPS, SEED = 4, 11
+
+
+def schedule(backbone, transition, noise_level):
+    """Table and timesteps. ddim is a diffusion sampler: only its table is used, on a flow model's latents."""
+    if transition == "ddim":
+        scheduler = DDIMScheduler(timestep_spacing="trailing")
+        scheduler.set_timesteps(STEPS)
+        table = ddim_table(scheduler.alphas_cumprod, scheduler.timesteps, noise_level, "v_prediction")
+        return table, scheduler.timesteps.float()
+    sigmas = backbone.sigmas(STEPS)
+    return build_table(transition, noise_level, sigmas=sigmas), timestep_of(sigmas[:-1])
+
+
+@pytest.fixture
+def sample(tiny_config, tiny_model):
+    """draw(...) -> Trajectory, of one and the same model; draw.model is that model."""
+    models = {}
+
+    def draw(
+        which=slice(0, 8),
+        micro_batch_size=4,
+        transition="flow-sde",
+        noise_level=0.7,
+        guidance=1.0,
+        seed=SEED,
+        model=None,
+    ):
+        if guidance not in models:
+            models[guidance] = tiny_model(tiny_config(rollout={"guidance_scale": guidance}))
+        draw.model = model or models[guidance]
+        draw.encode = PromptCache(models[guidance].backbone)
+        table, timesteps = schedule(models[guidance].backbone, transition, noise_level)
+        indices = torch.arange(100, 108)[which]
+        return rollout(
+            draw.model,
+            draw.encode,
+            PROMPTS[which],
+            indices,
+            table=table,
+            timesteps=timesteps,
+            latent_shape=models[guidance].backbone.latent_shape,
+            seed=seed,
+            micro_batch_size=micro_batch_size,
+            device=CPU,
+            guided=guidance > 1,
+        )
+
+    return draw
+
+
+def test_trajectory_holds_what_was_sampled(sample):
+    found = sample()
+    assert found.latents.shape == (8, STEPS + 1, 4, 16, 16)
+    assert found.log_probs.shape == (8, STEPS) and found.values.shape == (8, STEPS, 2)
+    assert {found.latents.dtype, found.log_probs.dtype, found.values.dtype} == {torch.float32}
+    assert not found.latents.requires_grad and not found.values.requires_grad
+    assert found.prompts == PROMPTS and found.sample_indices.tolist() == list(range(100, 108))
+    assert {name: len(tensor) for name, tensor in found.conditioning.items()} == {
+        "prompt_embeds": 8,
+        "pooled_prompt_embeds": 8,
+    }
+    assert found.trained_steps == STEPS - 1  # the last step is the ODE's
+    assert torch.equal(found.log_probs[:, -1], torch.zeros(8))
+    assert torch.equal(found.latents[:, 0], keyed_noise(SEED, found.sample_indices, 0, (4, 16, 16)))
+
+
+def test_each_step_is_the_formula_with_its_own_noise(sample):
+    """z' = a z + b v + s eps with draw k + 1, and log_prob = mean of -eps^2 / 2 - ln s - ln(2 pi) / 2."""
+    found = sample(micro_batch_size=8)
+    for k, (a, b, s) in enumerate(found.table.tolist()):
+        z, z_next = found.latents[:, k], found.latents[:, k + 1]
+        with torch.no_grad():
+            v, values = sample.model(z, found.timesteps[k].expand(8), found.conditioning)
+        noise = keyed_noise(SEED, found.sample_indices, k + 1, (4, 16, 16))
+        expected = a * z.double() + b * v.double() + s * noise.double()
+        # Three products and two sums in float32 of numbers up to 10.
+        torch.testing.assert_close(z_next.double(), expected, rtol=0, atol=5 * 1.2e-7 * 10)
+        torch.testing.assert_close(found.values[:, k], values, rtol=0, atol=0)
+        if s > 0:
+            log_prob = -noise.double().square().flatten(1).mean(1) / 2 - torch.tensor([s, 6.283185307179586]).log() @ (
+                torch.tensor([1.0, 0.5])
+            )
+            # The noise is got back from latents that were rounded: 1e-6 / s each, averaged over 1024.
+            torch.testing.assert_close(found.log_probs[:, k].double(), log_prob.double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "transition, noise_level", [("flow-sde", 0.7), ("dance-sde", 0.3), ("cps", 0.8), ("ddim", 1.0)]
+)
+def test_ratio_is_exactly_one_on_a_fresh_batch(sample, transition, noise_level, guidance):
+    """With gradients, as the update computes it: to the last bit, for each trained step of each micro-batch."""
+    found = sample(transition=transition, noise_level=noise_level, guidance=guidance)
+    unconditional = sample.encode([""], CPU) if guidance > 1 else None
+    assert found.trained_steps == STEPS - 1
+    for batch in (slice(0, 4), slice(4, 8)):
+        for k in range(found.trained_steps):
+            z, z_next = found.latents[batch, k], found.latents[batch, k + 1]
+            prediction, values = sample.model(
+                z, found.timesteps[k].expand(4), rows(found.conditioning, batch), unconditional
+            )
+            log_prob = transition_log_prob(prediction, z, z_next, found.table, k)
+            assert log_prob.requires_grad
+            ratio = (log_prob - found.log_probs[batch, k]).exp()
+            assert torch.equal(ratio, torch.ones(4))
+            assert torch.equal(values, found.values[batch, k])
+            _, statistics = policy_loss(log_prob, found.log_probs[batch, k], torch.ones(4), 1e-4)
+            assert (statistics.ratio, statistics.clipfrac, statistics.max_ratio_deviation) == (1, 0, 0)
+
+
+def test_ratio_notices_a_changed_policy(sample):
+    """What ratio 1 means: the smallest optimizer step is seen."""
+    found = sample()
+    with torch.no_grad():
+        sample.model.trunk.proj_out.bias.add_(1e-4)
+        prediction, _ = sample.model(
+            found.latents[:4, 0], found.timesteps[0].expand(4), rows(found.conditioning, slice(0, 4))
+        )
+    log_prob = transition_log_prob(prediction, found.latents[:4, 0], found.latents[:4, 1], found.table, 0)
+    assert bool((log_prob != found.log_probs[:4, 0]).all())
+
+
+def close(left, right):
+    """A batch of another size sums matrix products in other blocks: 1e-6 relative a forward, enlarged by the trunk's
+    gain (about 5) at each of four steps at worst, and latents of up to 10. Log-probs average 1024 such errors, over s.
+    """
+    torch.testing.assert_close(left.latents, right.latents, rtol=0, atol=2e-4)
+    torch.testing.assert_close(left.values, right.values, rtol=0, atol=2e-4)
+    torch.testing.assert_close(left.log_probs, right.log_probs, rtol=0, atol=2e-5)
+    assert torch.equal(left.latents[:, 0], right.latents[:, 0])
+    assert torch.equal(left.sample_indices, right.sample_indices) and left.prompts == right.prompts
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8])
+def test_micro_batch_size_does_not_matter(sample, micro_batch_size, guidance):
+    expected = sample(guidance=guidance)
+    assert expected.latents[0, -1].sub(expected.latents[3, -1]).abs().mean() > 0.1  # same prompt, another sample
+    close(sample(micro_batch_size=micro_batch_size, guidance=guidance), expected)
+
+
+def test_ranks_together_draw_what_one_draws(sample):
+    """Two ranks, each with its half of the samples and micro-batches of the same shape: equal to the last bit."""
+    whole = sample()
+    parts = concatenate([sample(slice(0, 4)), sample(slice(4, 8))])
+    assert torch.equal(parts.latents, whole.latents)
+    assert torch.equal(parts.log_probs, whole.log_probs) and torch.equal(parts.values, whole.values)
+    assert all(torch.equal(parts.conditioning[name], whole.conditioning[name]) for name in whole.conditioning)
+    assert parts.prompts == whole.prompts and torch.equal(parts.sample_indices, whole.sample_indices)
+    assert torch.equal(parts.table, whole.table) and torch.equal(parts.timesteps, whole.timesteps)
+
+
+def test_seed_changes_every_sample(sample):
+    one, other = sample(), sample(seed=SEED + 1)
+    difference = (one.latents - other.latents).flatten(2).abs().mean(-1)
+    assert bool((difference > 0.1).all())
+    again = sample()
+    assert torch.equal(one.latents, again.latents) and torch.equal(one.log_probs, again.log_probs)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,24 +40,23 @@ class CheckpointStore:
     def save(self, engine: DeepSpeedEngine, iteration: int, state: dict[str, Tensor]) -> None:
         """Weights, optimizer and `state` (small tensors, the same on every rank) after `iteration` iterations."""
         name, hidden = f"iteration-{iteration:06d}", f".writing-{iteration:06d}"
-        with disk_errors(self.folder):
-            if self.world.is_main:
-                for left in self.folder.glob(".writing-*"):  # of a run that was killed here
-                    shutil.rmtree(left)
-                (self.folder / hidden).mkdir(parents=True)
-            dist.barrier()
-            engine.save_checkpoint(str(self.folder), tag=hidden, save_latest=False)
-            dist.barrier()
-            if self.world.is_main:
-                save_file(state, self.folder / hidden / "run_state.safetensors")
-                about = {"iteration": iteration, "world_size": self.world.size, "signature": self._shapes}
-                (self.folder / hidden / "run_state.json").write_text(json.dumps(about))
-                _sync(self.folder / hidden)
-                os.replace(self.folder / hidden, self.folder / name)
-                _sync_folder(self.folder)
-                for old in sorted(self.folder.glob("iteration-*"))[:-KEPT]:
-                    shutil.rmtree(old)
-            dist.barrier()
+        if self.world.is_main:
+            for left in self.folder.glob(".writing-*"):  # of a run that was killed here
+                shutil.rmtree(left)
+            (self.folder / hidden).mkdir(parents=True)
+        dist.barrier()
+        engine.save_checkpoint(str(self.folder), tag=hidden, save_latest=False)
+        dist.barrier()
+        if self.world.is_main:
+            save_file(state, self.folder / hidden / "run_state.safetensors")
+            about = {"iteration": iteration, "world_size": self.world.size, "signature": self._shapes}
+            (self.folder / hidden / "run_state.json").write_text(json.dumps(about))
+            _sync(self.folder / hidden)
+            os.replace(self.folder / hidden, self.folder / name)
+            _sync_folder(self.folder)
+            for old in sorted(self.folder.glob("iteration-*"))[:-KEPT]:
+                shutil.rmtree(old)
+        dist.barrier()
 
     def load(self, engine: DeepSpeedEngine, iteration: int) -> dict[str, Tensor]:
         """Restores the engine and returns `state`. Raises UserError for a checkpoint of another model or world size."""
@@ -81,14 +81,13 @@ def export(run_dir: Path, model: ActorCritic, world: World) -> None:
     trunk, critic = gather_state(model.trunk, world), gather_state(model.critic, world)
     if not world.is_main:
         return
-    with disk_errors(run_dir):
-        partial = run_dir / ".pipeline.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        model.backbone.save(trunk, partial)
-        shutil.rmtree(run_dir / "pipeline", ignore_errors=True)
-        os.replace(partial, run_dir / "pipeline")
-        about = {"taps": json.dumps(model.tap_indices), "rewards": json.dumps(model.reward_names)}
-        save_file({name: t.contiguous() for name, t in critic.items()}, run_dir / "critic.safetensors", about)
+    partial = run_dir / ".pipeline.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.backbone.save(trunk, partial)
+    shutil.rmtree(run_dir / "pipeline", ignore_errors=True)
+    os.replace(partial, run_dir / "pipeline")
+    about = {"taps": json.dumps(model.tap_indices), "rewards": json.dumps(model.reward_names)}
+    save_file({name: t.contiguous() for name, t in critic.items()}, run_dir / "critic.safetensors", about)
 
 
 def signature(model: ActorCritic) -> str:
@@ -99,15 +98,16 @@ def signature(model: ActorCritic) -> str:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk into one message. torch reports it as a RuntimeError of its archive writer."""
+    """Turns a full disk into one message, whoever meets it. torch's archive writer does not say what hindered it."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        archive = isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+        archive = isinstance(error, RuntimeError) and "inline_container" in str(error)
         if not (no_space or archive or "No space left" in str(error)):
             raise
-        free = shutil.disk_usage(folder).free / 2**20
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 2**20
         raise TrainingError(
             f"the disk is full ({free:.0f} MiB free) while writing to {folder}; earlier checkpoints are untouched. "
             "Free some space and go on with --resume auto"

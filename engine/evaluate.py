@@ -104,7 +104,7 @@ class Evaluator:
             self.prompts,
             [r.name for r in self.rewards],
             scores[:count],
-            images,
+            images[:count],
             values[:count, :steps],
             returns[:count],
         )

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from .errors import UserError
+from .errors import TrainingError, UserError
 
 METRICS_FILE = "metrics.jsonl"
 PHASES = {"value_pretraining": "value pretraining", "ppo": "PPO"}
@@ -84,7 +84,7 @@ class MetricsLogger:
         wandb_project: W&B project, None for no W&B. Nothing of W&B is imported then.
         config: the resolved configuration, shown by W&B.
 
-    Raises UserError where W&B is asked for and is not installed or cannot start, and where the disk is full.
+    Raises UserError where W&B is asked for and is not installed or cannot start, TrainingError where the disk is full.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class MetricsLogger:
                     raise OSError("the disk took only part of the row")
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(
+            raise TrainingError(
                 f"cannot write {self.path}: {error.strerror or error}; make room and continue with --resume auto"
             ) from error
         if self._tensorboard:
@@ -161,7 +161,7 @@ class MetricsLogger:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
         except OSError as error:
-            raise UserError(f"cannot write {temporary}: {error.strerror}; make room and start again") from error
+            raise TrainingError(f"cannot write {temporary}: {error.strerror}; make room and start again") from error
         self._purge_step = iteration + 1
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ def choose(output_dir: str, resume: str | None) -> Path:
 def _numbered(base: Path) -> dict[int, Path]:
     """Runs of this name by number: `x` is 1, `x-2` is 2."""
     found = {}
-    for path in base.parent.glob(f"{base.name}*"):
+    for path in base.parent.iterdir() if base.parent.is_dir() else ():
         match = re.fullmatch(re.escape(base.name) + r"(?:-(\d+))?", path.name)
         if match and (path / "config.json").is_file():
             found[int(match[1] or 1)] = path

@@ -1,8 +1,10 @@
 """Post-trains a diffusion model:  deepspeed engine/train.py --config configs/zero3_dit.json"""
 
 import argparse
+import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -33,26 +35,41 @@ def main() -> None:
     try:
         config = load_config(args.config, args.set)
         run_dir = run_folder.choose(config.output_dir, args.resume)
+        from diffusers.utils.logging import disable_progress_bar
+        from torch.distributed import destroy_process_group
+
         from latent_critic.engine.sharding import init_distributed
         from latent_critic.engine.trainer import Trainer
 
+        disable_progress_bar()  # of loading, which has no variable of the environment
         world = init_distributed()
         Trainer(config, world, run_dir).run()
+        destroy_process_group()
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # rank 0 mostly makes the same mistake: then the launcher ends this process before it speaks
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(error.exit_code)  # peers may wait in a collective: do not join them
+    except RuntimeError as error:
+        if "by peer" in str(error):
+            time.sleep(60)  # a peer has failed and said why, and the launcher ends this process: no traceback beside it
+        raise
 
 
 def _quiet() -> None:
     """Keeps other packages' start-up chatter out of the log; their warnings and errors stay."""
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("DeepSpeed").addFilter(_matters)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's remarks on what is as it should be: no GPU, an optimizer that is not its own."""
+    return not any(remark in record.getMessage() for remark in ("Setting accelerator to CPU", "untested optimizer"))
 
 
 if __name__ == "__main__":

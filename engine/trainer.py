@@ -14,6 +14,7 @@ from .backbones import load_backbone
 from .backbones.base import Conditioning, timestep_of
 from .checkpoint import CheckpointStore, disk_errors, export
 from .config import Config, save_config
+from .errors import UserError
 from .evaluate import Evaluation, Evaluator
 from .metrics import MetricsLogger, ProgressBar, read_metrics
 from .plan import describe_plan, measure
@@ -153,13 +154,17 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the end, from the newest checkpoint if there is one, and writes the run folder."""
+        with disk_errors(self.run_dir):
+            self._run()
+
+    def _run(self) -> None:
         training = self.config.training
         total = training.value_pretraining_iterations + training.iterations
         main, start = self.world.is_main, self.store.latest()
         if start is not None:
             self.standardizer.load_state_dict(self.store.load(self.engine, start))
         if main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._make_run_dir()
             save_config(self.config, self.run_dir / "config.json")
             plan = describe_plan(self.config, self.world, self.model, self.trained, self.cost)
             print(f"latent-critic: {self.run_dir}\n{plan}", flush=True)
@@ -167,7 +172,7 @@ class Trainer:
             log = MetricsLogger(
                 self.run_dir, logging.tensorboard, logging.wandb_project, self.config.model_dump(mode="json")
             )
-            log.truncate(start or 0)
+            log.truncate(-1 if start is None else start)
             progress = ProgressBar(total, start or 0)
         if start is None:
             first = self.evaluate(0)
@@ -195,13 +200,20 @@ class Trainer:
             print(summarize(self.run_dir), flush=True)
         dist.barrier()
 
+    def _make_run_dir(self) -> None:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"output_dir: {self.run_dir} cannot be created ({error.strerror}); give a folder that can be written"
+            ) from error
+
     def evaluate(self, iteration: int) -> Evaluation:
         """Held-out scores, kept in `evaluations/` with the settings that repeat them."""
         result = self.evaluator(self.engine, self.standardizer)
         if self.world.is_main:
             settings = {**self.config.evaluation.model_dump(mode="json"), "prompts": self.config.prompts.eval}
-            with disk_errors(self.run_dir):
-                result.save(self.run_dir / "evaluations" / f"iteration-{iteration:06d}", settings)
+            result.save(self.run_dir / "evaluations" / f"iteration-{iteration:06d}", settings)
         return result
 
     def _save(self, iteration: int) -> None:

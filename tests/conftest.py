@@ -30,7 +30,12 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Each matrix has unit gain and no vector is zero, so that what the parts return is of order 1 and depends on all they
     are given: prompt (through CLIP and T5), time and latents.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     from transformers import T5Tokenizer
 
     from latent_critic.engine.embedded import train_tiny_dit as tiny
@@ -41,7 +46,18 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text_encoder": tiny.build_text_encoder(tokenizer, 64, 2),
         "text_encoder_2": tiny.build_text_encoder(tokenizer, 32, 2),
         "text_encoder_3": tiny.build_t5(t5_tokenizer),
-        "vae": tiny.build_vae(),
+        "vae": AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 16, 32),
+            layers_per_block=1,
+            latent_channels=CHANNELS,
+            norm_num_groups=4,
+            sample_size=4 * SIDE,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
         "transformer": SD3Transformer2DModel(
             sample_size=SIDE,
             patch_size=2,

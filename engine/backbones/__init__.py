@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import UserError
 from .base import Backbone, Conditioning
 from .sd3 import SD3Backbone
@@ -20,13 +22,19 @@ def load_backbone(pretrained: str, max_sequence_length: int) -> Backbone:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"model.pretrained: {pretrained} has no model_index.json; give a diffusers pipeline folder")
-    family = json.loads(index.read_text())["_class_name"]
+    try:
+        family = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{index}: not the index of a diffusers pipeline ({type(error).__name__}: {error})") from error
     if family not in FAMILIES:
         raise UserError(
             f"model.pretrained: {pretrained} is a {family}; supported are {', '.join(FAMILIES)}, "
             "and an adapter in engine/backbones/ adds a family"
         )
-    return FAMILIES[family].load(folder, max_sequence_length)
+    try:
+        return FAMILIES[family].load(folder, max_sequence_length)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model.pretrained: {pretrained} is incomplete or damaged: {error}") from error
 
 
 def _folder(pretrained: str) -> Path:

@@ -1,5 +1,7 @@
 """Rollout: what is stored, the same samples however the work is cut, and ratio 1 for every transition."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -129,11 +131,11 @@ def test_ratio_is_exactly_one_on_a_fresh_batch(sample, transition, noise_level, 
 def test_ratio_notices_a_changed_policy(sample):
     """What ratio 1 means: the smallest optimizer step is seen."""
     found = sample()
+    changed = copy.deepcopy(sample.model.trunk)
+    changed.proj_out.bias.data.add_(1e-4)
+    z, conditioning = found.latents[:4, 0], rows(found.conditioning, slice(0, 4))
     with torch.no_grad():
-        sample.model.trunk.proj_out.bias.add_(1e-4)
-        prediction, _ = sample.model(
-            found.latents[:4, 0], found.timesteps[0].expand(4), rows(found.conditioning, slice(0, 4))
-        )
+        prediction = sample.model.backbone.predict(changed, z, found.timesteps[0].expand(4), conditioning)
     log_prob = transition_log_prob(prediction, found.latents[:4, 0], found.latents[:4, 1], found.table, 0)
     assert bool((log_prob != found.log_probs[:4, 0]).all())
 
@@ -149,8 +151,7 @@ def close(left, right):
     assert torch.equal(left.sample_indices, right.sample_indices) and left.prompts == right.prompts
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro_batch_size, guidance", [(1, 1.0), (3, 1.0), (8, 1.0), (2, 2.0)])
 def test_micro_batch_size_does_not_matter(sample, micro_batch_size, guidance):
     expected = sample(guidance=guidance)
     assert expected.latents[0, -1].sub(expected.latents[3, -1]).abs().mean() > 0.1  # same prompt, another sample
@@ -169,8 +170,5 @@ def test_ranks_together_draw_what_one_draws(sample):
 
 
 def test_seed_changes_every_sample(sample):
-    one, other = sample(), sample(seed=SEED + 1)
-    difference = (one.latents - other.latents).flatten(2).abs().mean(-1)
+    difference = (sample().latents - sample(seed=SEED + 1).latents).flatten(2).abs().mean(-1)
     assert bool((difference > 0.1).all())
-    again = sample()
-    assert torch.equal(one.latents, again.latents) and torch.equal(one.log_probs, again.log_probs)

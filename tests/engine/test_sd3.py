@@ -44,6 +44,7 @@ def test_reads_the_folder(pair):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in backbone.trunk.parameters())
 
 
+@torch.no_grad()
 def test_prompts_are_encoded_as_by_the_stock_pipeline(pair):
     backbone, stock, length = pair
     embeds, _, pooled, _ = stock.encode_prompt(

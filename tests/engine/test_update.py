@@ -1,0 +1,293 @@
+"""Optimizer steps under DeepSpeed ZeRO-3 against plain PyTorch: losses, weights, rests, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_optimizer_state
+
+from latent_critic.engine.backbones.base import timestep_of
+from latent_critic.engine.errors import TrainingError
+from latent_critic.engine.prompt_cache import PromptCache
+from latent_critic.engine.prompts import Prompt
+from latent_critic.engine.rollout import rollout, rows
+from latent_critic.engine.sharding import gather_state, shard
+from latent_critic.engine.transitions import build_table, ddim_table
+from latent_critic.engine.trunk_clock import TrunkClock
+from latent_critic.engine.update import Updater
+
+CPU = torch.device("cpu")
+PROMPTS = [Prompt(text) for text in ("a red circle", "two blue squares", "a green triangle", "a yellow circle")]
+NOISE_LEVELS = {"flow-sde": 0.7, "dance-sde": 0.3, "cps": 0.8}
+STEPS, TRAINED = 3, 2
+# ZeRO-3's hooks cost ten times what so small a model does: few samples, then. Two updates of two micro-batches each.
+SMALL = {"num_inference_steps": STEPS, "samples_per_iteration": 4, "micro_batch_size": 1}
+
+
+def schedule(backbone, transition):
+    """Table and timesteps. ddim is of a diffusion model; here only its table is of interest."""
+    sigmas = backbone.sigmas(STEPS)
+    if transition == "ddim":
+        alphas = torch.linspace(0.9999**0.5, 0.1, 1000) ** 2
+        return ddim_table(alphas, (999 * sigmas[:-1]).long(), 1.0, "v_prediction"), timestep_of(sigmas[:-1])
+    return build_table(transition, NOISE_LEVELS[transition], sigmas=sigmas), timestep_of(sigmas[:-1])
+
+
+class Run:
+    """A sharded actor-critic with its updater."""
+
+    def __init__(self, config, model, world):
+        self.config, self.world, self.model = config, world, model
+        self.clock = TrunkClock(model.trunk, CPU)
+        self.encode = PromptCache(model.backbone)
+        self.engine = shard(model, config, world)
+        self.updater = Updater(self.engine, config, world, self.clock)
+        self.guided = config.rollout.guidance_scale > 1
+        self.unconditional = self.encode([""], CPU) if self.guided else None
+
+    def sample(self, transition=None, first=0, model=None):
+        """By the sharded engine, or an unsharded model."""
+        table, timesteps = schedule(self.model.backbone, transition or self.config.rollout.transition)
+        count = self.config.rollout.samples_per_iteration
+        return rollout(
+            model or self.engine,
+            self.encode,
+            PROMPTS[:count],
+            torch.arange(first, first + count),
+            table=table,
+            timesteps=timesteps,
+            latent_shape=self.model.backbone.latent_shape,
+            seed=5,
+            micro_batch_size=self.config.rollout.micro_batch_size,
+            device=CPU,
+            guided=self.guided,
+        )
+
+    def weights(self):
+        return gather_state(self.model, self.world)
+
+    def ppo(self, trajectory, advantages, returns, seed=0):
+        order = torch.Generator().manual_seed(seed)
+        return self.updater.ppo(trajectory, advantages, returns, self.unconditional, order)
+
+    def critic(self, trajectory, returns, epochs=1, seed=0):
+        order = torch.Generator().manual_seed(seed)
+        return self.updater.critic(trajectory, returns, self.unconditional, order, epochs)
+
+
+@pytest.fixture
+def start(tiny_config, tiny_model, world):
+    """start(section={...}) -> Run. Engines are torn down, so that no hook of theirs outlives the test."""
+    runs = []
+
+    def make(**sections):
+        config = tiny_config(**{**sections, "rollout": {**SMALL, **sections.get("rollout", {})}})
+        runs.append(Run(config, tiny_model(config), world))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.engine.destroy()
+
+
+def targets(trajectory, seed=0):
+    """Advantages [N, T] and returns [N, T, M] of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    count, steps = len(trajectory.latents), trajectory.trained_steps
+    returns = torch.randn(count, 1, 2, generator=generator).expand(-1, steps, -1)
+    return torch.randn(count, steps, generator=generator), returns
+
+
+def moments(module):
+    """Adam's, by parameter; DeepSpeed shows those of parameters that rest only if they are woken."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        resting = not parameter.requires_grad
+        parameter.requires_grad_(True)
+        for key in ("exp_avg", "exp_avg_sq"):
+            found[name, key] = safe_get_full_optimizer_state(parameter, key).clone()
+        parameter.requires_grad_(not resting)
+    return found
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Reference:
+    """PPO written out in plain PyTorch, on an unsharded model: two AdamWs, which only step when their part learns."""
+
+    def __init__(self, config, model):
+        self.config, self.model = config, model
+        options = dict(betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay)
+        self.policy = torch.optim.AdamW(model.trunk.parameters(), lr=config.optimizer.policy_lr, **options)
+        self.critic = torch.optim.AdamW(model.critic.parameters(), lr=config.optimizer.critic_lr, **options)
+
+    def run(self, trajectory, advantages, returns, unconditional, seed, train_policy):
+        config, size = self.config, self.config.rollout.micro_batch_size
+        updates, norms, losses = config.training.updates_per_iteration, [], []
+        batches = torch.randperm(
+            len(trajectory.latents) // size, generator=torch.Generator().manual_seed(seed)
+        ).tolist()
+        share = len(batches) // updates
+        for update in range(updates):
+            self.model.zero_grad()
+            mine, total = batches[update * share : (update + 1) * share], []
+            for i in mine:
+                batch = slice(i * size, (i + 1) * size)
+                for k in range(trajectory.trained_steps):
+                    z, z_next = trajectory.latents[batch, k], trajectory.latents[batch, k + 1]
+                    t = trajectory.timesteps[k].expand(size)
+                    v, values = self.model(z, t, rows(trajectory.conditioning, batch), unconditional)
+                    a, b, s = trajectory.table[k].tolist()
+                    log_prob = (
+                        (-((z_next - a * z - b * v) ** 2) / (2 * s**2) - math.log(s) - math.log(2 * math.pi) / 2)
+                        .flatten(1)
+                        .mean(1)
+                    )
+                    ratio = (log_prob - trajectory.log_probs[batch, k]).exp()
+                    clip, gain = config.algorithm.clip_range, advantages[batch, k]
+                    policy = -torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain).mean()
+                    bound = config.algorithm.target_clip
+                    value = 0.5 * (values - returns[batch, k].clamp(-bound, bound)).square().mean()
+                    loss = policy + config.critic.value_coef * value if train_policy else value
+                    total.append(loss / (len(mine) * trajectory.trained_steps))
+                    losses.append((policy.item(), value.item()))
+            sum(total).backward()
+            if not train_policy:
+                for parameter in self.model.trunk.parameters():
+                    parameter.grad = None
+            parts = [
+                [p.grad for p in m.parameters() if p.grad is not None] for m in (self.model.trunk, self.model.critic)
+            ]
+            norms.append([math.sqrt(sum(g.square().sum().item() for g in part)) for part in parts])
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.gradient_clipping)
+            if train_policy:
+                self.policy.step()
+            self.critic.step()
+        return torch.tensor(norms).mean(0).tolist(), torch.tensor(losses).mean(0).tolist()
+
+
+MUST_MOVE = (
+    "trunk.proj_out.weight",
+    "trunk.pos_embed.proj.weight",
+    "trunk.context_embedder.weight",
+    "trunk.transformer_blocks.1.attn.to_k.weight",
+    "trunk.transformer_blocks.2.norm1.linear.bias",
+    "critic.taps.0.query",
+    "critic.taps.1.value_weight",
+    "critic.heads.0.0.weight",
+    "critic.heads.1.2.bias",
+)
+CASES = {
+    "flow-sde": ([False, True], {}),
+    "cps, guided, shared trunk": (
+        [True, False, True],
+        {
+            "rollout": {"transition": "cps", "noise_level": 0.8, "guidance_scale": 2.0},
+            "critic": {"trunk": "shared", "taps": [0, 2]},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_plain_pytorch(start, tiny_model, case):
+    """Value pretraining and PPO; PPO, critic, PPO: under ZeRO-3 against the reference, from the same trajectory."""
+    phases, sections = CASES[case]
+    run = start(algorithm={"clip_range": 1e-3, "target_clip": 0.5}, optimizer={"gradient_clipping": 0.5}, **sections)
+    model = tiny_model(run.config)
+    reference = Reference(run.config, model)
+    first = run.weights()
+    assert same(first, model.state_dict())
+    trajectory = run.sample()
+    unsharded = run.sample(model=model)
+    assert torch.equal(trajectory.latents, unsharded.latents) and torch.equal(trajectory.values, unsharded.values)
+    advantages, returns = targets(trajectory)
+    assert returns.abs().max() > 0.5  # the target clip has something to do
+    fresh = True
+    for seed, train_policy in enumerate(phases):
+        norms, losses = reference.run(trajectory, advantages, returns, run.unconditional, seed, train_policy)
+        if train_policy:
+            found = run.ppo(trajectory, advantages, returns, seed)
+            # Norms and losses are sums of 1e5 float32 numbers that agree to 1e-6.
+            assert found["grad_norm/actor"] == pytest.approx(norms[0], rel=1e-4)
+            assert found["policy_loss"] == pytest.approx(losses[0], rel=1e-4, abs=1e-6)
+            assert math.hypot(*norms) > 0.5  # the gradient clip has something to do
+            assert (found["first_ratio"] == 1.0 and found["first_ratio_deviation"] == 0.0) == fresh
+            fresh = False
+        else:
+            found = run.critic(trajectory, returns, seed=seed)
+        assert found["grad_norm/critic"] == pytest.approx(norms[1], rel=1e-4)
+        assert found["value_loss"] == pytest.approx(losses[1], rel=1e-4)
+    weights, expected = run.weights(), model.state_dict()
+    # Adam's steps of 1e-4 (policy) and 1e-3 (critic), on gradients that agree to 1e-6. Where the gradient is rounding
+    # noise alone, a step could differ by twice its rate: none is seen.
+    for name in expected:
+        assert (weights[name] - expected[name]).abs().max() < 1e-5, name
+    moved = {name: (expected[name] - first[name]).abs().max().item() for name in expected}
+    assert all(moved[name] > (1e-3 if name.startswith("critic") else 1e-4) for name in MUST_MOVE), moved
+
+
+def test_first_update_of_a_fresh_batch_has_ratio_one(start):
+    """To the last bit, before the policy has ever moved and after. flow-sde, cps and guidance: see above."""
+    run = start(rollout={"samples_per_iteration": 2})
+    for transition in ("dance-sde", "ddim"):
+        trajectory = run.sample(transition)
+        assert trajectory.trained_steps == TRAINED
+        run.clock.read()
+        found = run.ppo(trajectory, *targets(trajectory))
+        assert (found["first_ratio"], found["first_ratio_deviation"], found["first_clipfrac"]) == (1.0, 0.0, 0.0)
+        assert found["ratio_max_deviation"] > 0  # the second update sees what the first has changed
+        assert len(run.clock._spans) == 2 * 2 * TRAINED  # a forward and a backward of each micro-batch and step
+
+
+def test_critic_updates_leave_the_policy_alone(start, tiny_model):
+    """Weights and moments bit-identical, with a shared trunk too; the value error on unseen samples falls."""
+    run = start(critic={"trunk": "shared"}, optimizer={"critic_lr": 5e-3}, rollout={"micro_batch_size": 2})
+    model = tiny_model(run.config)
+    trajectory, unseen = run.sample(model=model), run.sample(model=model, first=100)
+    label = torch.tensor([1.0, -1.0, 0.5, 0.0])  # by prompt
+    returns = torch.stack([label, -label], 1)[:, None].expand(-1, TRAINED, -1)
+    run.ppo(trajectory, targets(trajectory)[0], returns)  # so that there are moments to spoil
+
+    @torch.no_grad()
+    def unseen_error():
+        steps = [(unseen.latents[:, k], unseen.timesteps[k].expand(4), unseen.conditioning) for k in range(TRAINED)]
+        values = torch.stack([run.engine(*inputs)[1] for inputs in steps], 1)
+        return (values - returns).square().mean().item()
+
+    weights, policy, critic, error = run.weights(), moments(run.model.trunk), moments(run.model.critic), unseen_error()
+    run.clock.read()
+    losses = [run.critic(trajectory, returns, epochs=2, seed=seed)["value_loss"] for seed in range(3)]
+    assert len(run.clock._spans) == 3 * 2 * 2 * TRAINED  # forwards only
+    after = run.weights()
+    assert all(torch.equal(after[name], weights[name]) for name in after if name.startswith("trunk."))
+    assert same(moments(run.model.trunk), policy) and all(bool(policy[key].any()) for key in policy if "to_k" in key[0])
+    assert all(not torch.equal(moment, critic[key]) for key, moment in moments(run.model.critic).items())
+    assert losses[-1] < 0.5 * losses[0], losses
+    assert unseen_error() < 0.5 * error
+
+
+def test_a_loss_that_is_not_finite_is_refused(start, tiny_model):
+    run = start(rollout={"samples_per_iteration": 2})
+    trajectory = run.sample(model=tiny_model(run.config))
+    advantages, returns = targets(trajectory)
+    returns = returns.clone()
+    returns[:, 1, 1] = math.inf  # clipped to the target clip: harmless
+    run.critic(trajectory, returns)
+    before = run.weights()
+
+    def refuse(term, step, update):
+        with pytest.raises(TrainingError, match=f"the {term} loss is not finite at denoising step {step}; ") as raised:
+            update()
+        assert raised.value.exit_code == 1 and "--resume auto" in str(raised.value)
+        assert same(run.weights(), before)
+
+    spoilt = returns.clone()
+    spoilt[:, 1, 0] = math.nan
+    refuse("value", 1, lambda: run.critic(trajectory, spoilt))
+    refuse("value", 1, lambda: run.ppo(trajectory, advantages, spoilt))
+    spoilt = advantages.clone()
+    spoilt[:, 0] = math.nan
+    refuse("policy", 0, lambda: run.ppo(trajectory, spoilt, returns))

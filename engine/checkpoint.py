@@ -103,7 +103,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        archive = isinstance(error, RuntimeError) and "inline_container" in str(error)
+        archive = isinstance(error, RuntimeError) and any(s in str(error) for s in ("inline_container", "iostream"))
         if not (no_space or archive or "No space left" in str(error)):
             raise
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

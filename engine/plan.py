@@ -69,14 +69,14 @@ def describe_plan(config: Config, world: World, model: ActorCritic, trained_step
     dtype = resolve_dtype(config.model.dtype, world.device)
     policy, critic = count(model.trunk), count(model.critic)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    # AdamW in mixed precision: weight 2, gradient 2, and float32 master weight and moments 12; in float32 4 + 4 + 8.
-    state = 16 * (policy + critic) / (world.size if stage == 3 else 1)
+    state = (policy + critic) * _state_bytes(dtype, stage, world.size)
     batches = rollout.samples_per_iteration // (rollout.micro_batch_size * world.size)
     steps = rollout.num_inference_steps
     pretraining = batches * cost.forward * (steps + trained_steps * training.value_pretraining_epochs)
     critic_only = trained_steps * training.critic_epochs
     iteration = batches * (cost.forward * (steps + critic_only) + cost.training * trained_steps)
-    evaluations = 2 + (training.iterations // config.evaluation.every if config.evaluation.every else 0)
+    length = training.value_pretraining_iterations + training.iterations
+    evaluations = 1 + (-(-length // config.evaluation.every) if config.evaluation.every else 1)
     per_evaluation = -(-config.evaluation.num_prompts // (rollout.micro_batch_size * world.size))
     evaluation = cost.forward * per_evaluation * (steps + config.evaluation.num_inference_steps)
     total = (
@@ -97,6 +97,14 @@ def describe_plan(config: Config, world: World, model: ActorCritic, trained_step
         f"about {_duration(total)} ({iteration:.1f} s an iteration)",
     }
     return "\n".join(f"  {name:<10} {text}" for name, text in lines.items())
+
+
+def _state_bytes(dtype: torch.dtype, stage: int, processes: int) -> float:
+    """Bytes a parameter costs each process: weight, gradient, and AdamW's two float32 moments with a float32 master
+    weight, which ZeRO keeps beside a float32 weight too. Stage 1 shards the last, 2 the gradients too, 3 all."""
+    optimizer = 8 if stage == 0 and dtype == torch.float32 else 12
+    sizes = {1: optimizer, 2: dtype.itemsize, 3: dtype.itemsize}  # by the stage that shards it
+    return sum(size / (processes if stage >= first else 1) for first, size in sizes.items())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -283,7 +283,7 @@ def main() -> None:
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    with open(args.output / "training_log.jsonl", "w") as journal:
+    with open(args.output / "training_log.jsonl", "a") as journal:  # a run may go on from a finished stage
 
         def log(**row):
             journal.write(json.dumps(row) + "\n")

@@ -111,7 +111,6 @@ def test_resumed_weights_and_moments_are_bit_equal(story, part):
     [
         "checkpoints/iteration-000004/run_state.safetensors",  # reward statistics
         "pipeline/transformer/diffusion_pytorch_model.safetensors",
-        "critic.safetensors",
         "evaluations/iteration-000002.json",
         "evaluations/iteration-000004.json",
     ],
@@ -120,9 +119,8 @@ def test_resumed_files_are_byte_equal(story, name):
     assert (story.killed / name).read_bytes() == (story.through / name).read_bytes()
 
 
-def test_training_changed_what_is_compared(story):
-    trunk = "pipeline/transformer/diffusion_pytorch_model.safetensors"
-    before = json.loads((story.through / "evaluations/iteration-000000.json").read_text())["scores"]
-    after = json.loads((story.through / "evaluations/iteration-000004.json").read_text())["scores"]
-    assert before != after
-    assert load_file(story.through / trunk).keys()
+def test_resumed_critic_is_bit_equal(story):
+    """Its tensors: the order of the two notes in a safetensors header is left to chance."""
+    critics = [load_file(run_dir / "critic.safetensors") for run_dir in (story.through, story.killed)]
+    assert assert_bit_equal(*critics, "critic") > 1000
+    assert any(tensor.any() for name, tensor in critics[0].items() if name.startswith("heads.0.2."))  # began at zero

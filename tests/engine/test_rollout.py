@@ -12,7 +12,7 @@ from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import Prompt
 from latent_critic.engine.rollout import rollout, rows
 from latent_critic.engine.trajectory import concatenate
-from latent_critic.engine.transitions import build_table, ddim_table, trained_steps
+from latent_critic.engine.transitions import build_table, ddim_table
 from latent_critic.kernels import policy_loss, transition_log_prob
 
 CPU = torch.device("cpu")

@@ -99,7 +99,7 @@ def test_ode_rollout_draws_the_stock_pipelines_samples_and_pictures(pair, tiny_c
     assert np.array_equal(pictures, (floats * 255).round().astype(np.uint8))
     pil = stock(TEXTS, output_type="pil", **call).images
     assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(pictures, pil, strict=True))
-    assert 20 < pictures.float().std() and pictures.unique().numel() > 200  # pictures, not a grey area
+    assert pictures.float().std() > 20 and pictures.unique().numel() > 200  # pictures, not a grey area
     # The engine's own latents differ from the stock ones by 1e-5: a pixel in a thousand may round the other way.
     ours = backbone.decode(clean).int()
     assert (ours - pictures.int()).abs().max() <= 1 and (ours != pictures.int()).float().mean() < 5e-3

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import runpy
 import signal
 import socket
@@ -20,6 +21,9 @@ from pathlib import Path
 
 TRAIN = Path(__file__).parents[2] / "engine" / "train.py"
 PATIENCE = 300  # seconds until a process that should have ended counts as hanging
+T5_TOKENS = 16
+# The last block drops the text tokens, so it does not use their queries; the position table is a constant.
+UNTRAINED = re.compile(r"transformer_blocks\.2\.attn\.(add_q_proj|norm_added_q)|pos_embed\.pos_embed")
 TINY = {
     "output_dir": "run",
     "rollout": {"num_inference_steps": 2, "samples_per_iteration": 4, "micro_batch_size": 2},
@@ -82,7 +86,7 @@ class Run:
         self._paused = folder / "paused"
         self._paused.unlink(missing_ok=True)
         context = _fork_server()
-        port = str(_free_port())
+        port = str(free_port())
         self.processes = []
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
@@ -132,7 +136,37 @@ def train(folder: Path, *flags: str, ranks: int = 1, patch: str = "nothing") -> 
     return Run(folder, "command_line", patch, ["--config", "config.json", *flags], ranks=ranks)
 
 
-def _free_port() -> int:
+_looks: dict[str, Run] = {}
+
+
+def look(name: str, pipeline: Path, scratch: Path, ranks: int = 1, plain: bool = False) -> Run:
+    """`train_and_look` under this name, started once in a session of tests; what each rank saw is `seen(run, rank)`."""
+    if name not in _looks:
+        config = run_config(
+            pipeline,
+            model={"pretrained": str(pipeline), "max_sequence_length": T5_TOKENS},
+            rollout={"num_inference_steps": 3, "samples_per_iteration": 8},
+            rewards=[{"name": "tiny_rewards:brightness", "weight": 2.0}, {"name": "jpeg_compressibility"}],
+            training={"iterations": 2},
+            # Targets of mean 0 would leave a critic that starts at 0 with a bias gradient of mere rounding errors, which
+            # Adam would blow up to steps of full size. Clipped targets have another mean.
+            algorithm={"target_clip": 1.0},
+            optimizer={"critic_lr": 3e-4, "gradient_clipping": 0.05},  # a clip below the norms, so that it acts
+            evaluation={"num_prompts": 5},  # 5 is odd: two ranks have one to spare
+        )
+        folder = prepare(scratch, config)
+        env = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+        _looks[name] = Run(folder, "train_and_look", config, plain, ranks=ranks, env=env)
+    return _looks[name]
+
+
+def seen(run: Run, rank: int = 0) -> dict:
+    import torch
+
+    return torch.load(run.finish().folder / f"seen-{rank}.pt", weights_only=False)
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -180,7 +214,7 @@ def command_line(patch: str, flags: list[str]) -> None:
 
 
 def train_and_look(config: dict, plain: bool) -> None:
-    """Trains as `Trainer.run` does, and keeps in seen-RANK.pt what a run folder does not show.
+    """Trains and exports as `Trainer.run` does, and keeps in seen-RANK.pt what a run folder does not show.
 
     plain: with torch's own AdamW on the unsharded model, in DeepSpeed's place.
     """

@@ -1,0 +1,137 @@
+"""The plan's numbers, worked out by hand."""
+
+import pytest
+import torch
+
+from latent_critic.engine.plan import Measurement, count, describe_plan, measure
+from latent_critic.engine.sharding import World
+
+CPU = torch.device("cpu")
+COST = Measurement(forward=0.5, training=2.0, activations=3 * 2**20)
+SECTIONS = {
+    "rollout": {"num_inference_steps": 10, "samples_per_iteration": 48, "micro_batch_size": 4},
+    "training": {
+        "iterations": 30,
+        "updates_per_iteration": 3,
+        "value_pretraining_iterations": 5,
+        "value_pretraining_epochs": 3,
+        "critic_epochs": 2,
+    },
+    "evaluation": {"every": 10, "num_prompts": 50, "num_inference_steps": 20},
+}
+
+
+@pytest.fixture
+def model(tiny_model, tiny_config):
+    return tiny_model(tiny_config())
+
+
+@pytest.fixture
+def plan(tiny_config, model):
+    """plan(ranks=2, section={...}): the plan's lines by name."""
+
+    def plan(ranks=1, trained_steps=9, **changes):
+        sections = {name: {**section, **changes.pop(name, {})} for name, section in SECTIONS.items()}
+        config = tiny_config(**sections, **changes)
+        text = describe_plan(config, World(0, ranks, CPU), model, trained_steps, COST)
+        return {line[2:12].strip(): line[13:] for line in text.splitlines()}
+
+    return plan
+
+
+def test_parameters_are_counted(plan, model):
+    # Critic of width 32 with 2 taps on 64 wide tokens, 2 rewards: per tap query 32, keys and values 2 (32 x 64),
+    # modulation 32 -> 128, LayerNorm 2 x 32, MLP 32 -> 128 -> 32; the time's MLP 128 -> 32 -> 32; a LayerNorm of all
+    # taps; per reward an MLP taps x 32 -> 32 -> 1.
+    taps = len(model.tap_indices)
+    tap = 32 + 2 * 32 * 64 + (32 * 128 + 128) + 64 + (32 * 128 + 128) + (128 * 32 + 32)
+    time = 128 * 32 + 32 + 32 * 32 + 32
+    heads = 2 * ((taps * 32 * 32 + 32) + (32 + 1))
+    critic = taps * tap + time + 2 * taps * 32 + heads
+    assert count(model.critic) == critic
+    policy = sum(parameter.numel() for parameter in model.trunk.parameters())
+    assert count(model.trunk) == policy > 50_000
+    assert plan()["model"].endswith(f": policy {policy:,} + critic {critic:,} parameters, float32")
+
+
+def test_shards_count_whole():
+    """A ZeRO-3 parameter is empty between its uses; its size stands in ds_numel."""
+    module = torch.nn.Linear(3, 2)
+    module.weight.ds_numel, module.weight.data = 6, torch.empty(0)
+    assert count(module) == 6 + 2
+
+
+def test_batch_arithmetic(plan):
+    lines = plan(ranks=2)
+    assert lines["device"] == "2 x CPU, DeepSpeed ZeRO stage 3"
+    assert lines["sampling"] == "flow-sde, 10 steps of which 9 are trained, guidance 1"
+    assert lines["iteration"] == "48 samples in micro-batches of 4, 3 updates"
+    assert lines["rewards"] == "jpeg_compressibility x 1, composition x 1"
+
+
+@pytest.mark.parametrize(
+    "stage, ranks, dtype, bytes_a_parameter",
+    [
+        # weight + gradient + master weight and two moments; DeepSpeed's ZeRO optimizers keep the master in float32 too
+        (3, 1, "float32", 4 + 4 + 12),
+        (3, 2, "float32", (4 + 4 + 12) / 2),
+        (3, 8, "bfloat16", (2 + 2 + 12) / 8),
+        (2, 4, "bfloat16", 2 + (2 + 12) / 4),
+        (1, 4, "bfloat16", 2 + 2 + 12 / 4),
+        (0, 4, "bfloat16", 2 + 2 + 12),
+        (0, 4, "float32", 4 + 4 + 8),  # plain AdamW
+    ],
+)
+def test_memory_of_the_training_state(plan, model, monkeypatch, stage, ranks, dtype, bytes_a_parameter):
+    # 1000 times as many parameters, so that the rounding to MiB hides nothing.
+    monkeypatch.setattr("latent_critic.engine.plan.count", lambda module: 1000 * count(module))
+    parameters = 1000 * (count(model.trunk) + count(model.critic))
+    sections = {"model": {"dtype": dtype}, "deepspeed": {"zero_optimization": {"stage": stage}}}
+    expected = f"{parameters * bytes_a_parameter / 2**20:,.0f} MiB of weights, gradients and optimizer, 3 MiB of "
+    assert plan(ranks, rollout={"samples_per_iteration": 96}, **sections)["memory"].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "ranks, changes, length",
+    [
+        # 12 micro-batches. Pretraining: 12 x 0.5 x (10 + 9 x 3) = 222 s, 5 times. PPO: 12 x (0.5 x (10 + 9 x 2)
+        # + 2 x 9) = 384 s, 30 times. Evaluations at 0, 10, 20, 30, 35: 13 micro-batches x 0.5 x (10 + 20) = 195 s.
+        # Together 1110 + 11520 + 975 = 13605 s.
+        (1, {}, "5 value-pretraining + 30 PPO iterations, about 3 h 47 min (384.0 s an iteration)"),
+        # Half the micro-batches; 50 prompts are 7 of 8. 555 + 5760 + 5 x 105 = 6840 s.
+        (2, {}, "5 value-pretraining + 30 PPO iterations, about 1 h 54 min (192.0 s an iteration)"),
+        # No pretraining; evaluated at 0 and at the end only: 11520 + 2 x 195 = 11910 s.
+        (
+            1,
+            {"training": {"value_pretraining_iterations": 0}, "evaluation": {"every": 0}},
+            "0 value-pretraining + 30 PPO iterations, about 3 h 18 min (384.0 s an iteration)",
+        ),
+        # 30 is a multiple of 10: evaluated at 0, 10, 20, 30. 11520 + 4 x 195 = 12300 s.
+        (
+            1,
+            {"training": {"value_pretraining_iterations": 0}},
+            "0 value-pretraining + 30 PPO iterations, about 3 h 25 min (384.0 s an iteration)",
+        ),
+    ],
+)
+def test_predicted_time(plan, ranks, changes, length):
+    assert plan(ranks, **changes)["length"] == length
+
+
+def test_measure_counts_what_autograd_keeps_and_leaves_nothing_behind():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = torch.nn.Linear(50, 50, bias=False)
+            self.critic = torch.nn.Linear(50, 1)
+
+        def forward(self, x):
+            prediction = self.trunk(x)
+            return prediction, self.critic(prediction.detach())
+
+    model = Model()
+    cost = measure(model, torch.randn(200, 50, requires_grad=False))
+    # Kept: the input and the prediction (200 x 50), which critic and square share, and the values (200): float32.
+    assert cost.activations == 4 * (2 * 200 * 50 + 200)
+    assert 0 < cost.forward < 1 and 0 < cost.training < 1
+    assert all(parameter.grad is None for parameter in model.parameters())

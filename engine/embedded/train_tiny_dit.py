@@ -3,9 +3,9 @@
     python -m latent_critic.engine.embedded.train_tiny_dit --output engine/embedded/tiny-dit
 
 Three stages: draw the pictures; fit the autoencoder; fit text encoders and transformer together by flow matching
-(rectified flow, logit-normal times: Esser et al. 2024, arXiv 2403.03206). Weights are saved in half precision, in the
-folder format of `StableDiffusion3Pipeline.save_pretrained`. Matrix products run in bfloat16 where the processor has
-instructions for it (`--precision`); a GPU is used when there is one.
+(rectified flow, logit-normal times: Esser et al. 2024, arXiv 2403.03206). Finished stages are kept in `--work`, and a
+later run goes on from them. The folder has the format of `StableDiffusion3Pipeline.save_pretrained`. `--precision bf16`
+helps on a GPU; a GPU is used when there is one.
 """
 
 import argparse
@@ -44,12 +44,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-dit"), help="drawn scenes and stage checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=60_000, help="pictures to draw")
-    parser.add_argument("--vae-steps", type=int, default=4_000)
-    parser.add_argument("--steps", type=int, default=20_000, help="transformer steps")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--vae-steps", type=int, default=1_500)
+    parser.add_argument("--steps", type=int, default=6_300, help="transformer steps")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--minutes", type=float, default=None, help="end the transformer stage early, decay included")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     return parser.parse_args()
 
 
@@ -259,12 +259,13 @@ def train_flow(latents: torch.Tensor, captions: list[str], vae, args, device, au
 
 
 def save(model: FlowModel, vae: AutoencoderKL, folder: Path) -> None:
-    """The pipeline folder, in half precision."""
+    """The pipeline folder: transformer and autoencoder in half precision, which diffusers widens as it loads; the text
+    encoders, which transformers would leave narrow, in float32."""
     tokenizer, t5_tokenizer = build_tokenizer(), build_tokenizer(T5Tokenizer(extra_ids=0, model_max_length=512))
     StableDiffusion3Pipeline(
-        text_encoder=model.text_encoder.half(),
-        text_encoder_2=model.text_encoder_2.half(),
-        text_encoder_3=build_t5(t5_tokenizer).half(),
+        text_encoder=model.text_encoder,
+        text_encoder_2=model.text_encoder_2,
+        text_encoder_3=build_t5(t5_tokenizer),
         transformer=model.transformer.half(),
         vae=vae.half(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),

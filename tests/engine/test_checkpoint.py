@@ -1,4 +1,4 @@
-"""A checkpoint is complete or invisible, belongs to one model and one number of processes, and says when a disk is full.
+"""A checkpoint is complete or invisible, and belongs to one model and one number of processes; a full disk is named.
 
 Killing and resuming whole runs is test_resume.py's subject.
 """

@@ -1,4 +1,4 @@
-"""What a run leaves for everyone else: a stock pipeline folder and the critic, whole although the weights were sharded."""
+"""What a run leaves for everyone else: a stock pipeline folder and the critic, whole though weights were sharded."""
 
 import json
 

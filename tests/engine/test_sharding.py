@@ -35,7 +35,7 @@ def two(runs):
 
 @pytest.mark.parametrize("sharded", ["one", "two"])
 def test_weights_agree_with_torch_alone(plain, sharded, request):
-    """After 5 updates, 2 of them of the policy. A gradient's rounding errors are about 1e-6 of its largest elements, and
+    """After 5 updates, 2 of them of the policy. A gradient's rounding errors are 1e-6 of its largest elements, and
     Adam turns elements as small as those into steps of up to the learning rate, 1e-4 and 3e-4. On one process the sums
     have the same order, and the errors are smaller."""
     found = request.getfixturevalue(sharded)["final"]

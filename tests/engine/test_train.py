@@ -188,7 +188,8 @@ def test_a_damaged_model_is_named(tiny_pipeline, tmp_path):
     [
         (
             {"name": "tiny_rewards:raises", "params": {"on": "blue"}},
-            r"reward 'tiny_rewards:raises' failed on prompt 'a blue square': RuntimeError: the model of this reward is gone",
+            r"reward 'tiny_rewards:raises' failed on prompt 'a blue square': RuntimeError: "
+            "the model of this reward is gone",
         ),
         (
             {"name": "tiny_rewards:not_a_number"},
@@ -196,7 +197,8 @@ def test_a_damaged_model_is_named(tiny_pipeline, tmp_path):
         ),
         (
             {"name": "tiny_rewards:too_short"},
-            r"reward 'tiny_rewards:too_short' returned shape \[1\] for 2 pictures \(the first of prompt 'a red circle'\)",
+            r"reward 'tiny_rewards:too_short' returned shape \[1\] for 2 pictures "
+            r"\(the first of prompt 'a red circle'\)",
         ),
     ],
 )
@@ -248,8 +250,9 @@ def test_failures_keep_what_was_written_and_the_run_goes_on(tiny_pipeline, tmp_p
     run = tiny_runs.train(folder, patch="policy_breaks_in_the_last_iteration")
     assert run.wait() == [1], run.stderr()
     assert re.search(
-        r"^error: the policy loss is not finite at denoising step 0; this update was not applied\. Lower optimizer\.policy"
-        r"_lr and optimizer\.critic_lr, or algorithm\.clip_range, and go on from the last checkpoint with --resume auto$",
+        r"^error: the policy loss is not finite at denoising step 0; this update was not applied\. Lower "
+        r"optimizer\.policy_lr and optimizer\.critic_lr, or algorithm\.clip_range, and go on from the last checkpoint "
+        r"with --resume auto$",
         run.stderr(),
         re.MULTILINE,
     )
@@ -259,7 +262,8 @@ def test_failures_keep_what_was_written_and_the_run_goes_on(tiny_pipeline, tmp_p
     run = tiny_runs.train(folder, "--resume", "auto", patch="full_disk_at_the_last_checkpoint")
     assert run.wait() == [1], run.stderr()
     assert re.search(
-        r"^error: the disk is full \(\d+ MiB free\) while writing to run; earlier checkpoints are untouched\. Free some "
+        r"^error: the disk is full \(\d+ MiB free\) while writing to run; earlier checkpoints are untouched\. "
+        r"Free some "
         r"space and go on with --resume auto$",
         run.stderr(),
         re.MULTILINE,

@@ -148,7 +148,7 @@ def look(name: str, pipeline: Path, scratch: Path, ranks: int = 1, plain: bool =
             rollout={"num_inference_steps": 3, "samples_per_iteration": 8},
             rewards=[{"name": "tiny_rewards:brightness", "weight": 2.0}, {"name": "jpeg_compressibility"}],
             training={"iterations": 2},
-            # Targets of mean 0 would leave a critic that starts at 0 with a bias gradient of mere rounding errors, which
+            # Targets of mean 0 would leave a critic that starts at 0 with a bias gradient of rounding errors, which
             # Adam would blow up to steps of full size. Clipped targets have another mean.
             algorithm={"target_clip": 1.0},
             optimizer={"critic_lr": 3e-4, "gradient_clipping": 0.05},  # a clip below the norms, so that it acts

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
 ifdef BIN
 READY :=

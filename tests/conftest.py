@@ -36,12 +36,11 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
-    from transformers import T5Tokenizer
 
     from latent_critic.engine.embedded import train_tiny_dit as tiny
 
     tokenizer = tiny.build_tokenizer()
-    t5_tokenizer = tiny.build_tokenizer(T5Tokenizer(extra_ids=0, model_max_length=512))
+    t5_tokenizer = tiny.build_t5_tokenizer()
     parts = {
         "text_encoder": tiny.build_text_encoder(tokenizer, 64, 2),
         "text_encoder_2": tiny.build_text_encoder(tokenizer, 32, 2),

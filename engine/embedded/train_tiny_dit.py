@@ -139,11 +139,29 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor, device) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------ text + transformer
 
 
-def build_tokenizer(blank=None) -> CLIPTokenizer | T5Tokenizer:
-    """A tokenizer of `blank`'s kind (CLIP by default) in which every word of the captions is one token."""
-    captions = [scene.caption() for scene in itertools.chain(*scenes.all_scenes().values())]
-    blank = blank or CLIPTokenizer(model_max_length=MAX_TOKENS)
-    return blank.train_new_from_iterator(iter(captions), vocab_size=400)
+def all_captions() -> list[str]:
+    return [scene.caption() for scene in itertools.chain(*scenes.all_scenes().values())]
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A tokenizer in which every word and digit of the captions is one token; the same in every call.
+
+    Training finds the same tokens each time, but numbers them in the order of a hash table that is seeded at random, so
+    they are numbered anew: the text encoders are trained with one call's numbers and shipped with another's.
+    """
+    trained = CLIPTokenizer().train_new_from_iterator(iter(all_captions()), vocab_size=400)
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    special = sorted(trained.all_special_tokens, reverse=True)  # start, end
+    tokens = special + sorted(set(model["vocab"]) - set(special))
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=MAX_TOKENS)
+
+
+def build_t5_tokenizer() -> T5Tokenizer:
+    """The captions' words, and digits to spell their numbers."""
+    words = sorted({f"▁{word}" for caption in all_captions() for word in caption.split() if word.isalpha()})
+    pieces = ["<pad>", "</s>", "<unk>", *words, "▁", '"', *"0123456789"]
+    return T5Tokenizer([(piece, -1.0) for piece in pieces], extra_ids=0, model_max_length=512)
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
@@ -261,7 +279,7 @@ def train_flow(latents: torch.Tensor, captions: list[str], vae, args, device, au
 def save(model: FlowModel, vae: AutoencoderKL, folder: Path) -> None:
     """The pipeline folder: transformer and autoencoder in half precision, which diffusers widens as it loads; the text
     encoders, which transformers would leave narrow, in float32."""
-    tokenizer, t5_tokenizer = build_tokenizer(), build_tokenizer(T5Tokenizer(extra_ids=0, model_max_length=512))
+    tokenizer, t5_tokenizer = build_tokenizer(), build_t5_tokenizer()
     StableDiffusion3Pipeline(
         text_encoder=model.text_encoder,
         text_encoder_2=model.text_encoder_2,

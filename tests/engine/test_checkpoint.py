@@ -113,9 +113,7 @@ def test_every_byte_is_on_the_disk_before_the_name_is(store, engine, monkeypatch
 def test_another_model_is_refused_before_anything_is_loaded(store, engine, tmp_path, world):
     store.save(engine, 2, STATE)
     other = CheckpointStore(tmp_path, world, nn.Linear(2, 4))
-    with pytest.raises(
-        UserError, match=r"iteration-000002 was written by another model .* resume with the model\.pretr"
-    ):
+    with pytest.raises(UserError, match=r"iteration-000002 was written by another model .* resume with the model\."):
         other.load(None, 2)
 
 

@@ -9,6 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from latent_critic.engine.backbones import SD3Backbone, load_backbone
 from latent_critic.engine.backbones.base import as_uint8, timestep_of
+from latent_critic.engine.embedded import train_tiny_dit
 from latent_critic.engine.errors import UserError
 from latent_critic.engine.noise import keyed_noise
 from latent_critic.engine.prompt_cache import PromptCache
@@ -139,6 +140,17 @@ def test_saved_trunk_keeps_its_dtype(tiny_pipeline, tmp_path):
     backbone.save(half, tmp_path / "saved")
     found = StableDiffusion3Pipeline.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16).transformer.state_dict()
     assert all(p.dtype == torch.bfloat16 and torch.equal(p, half[name]) for name, p in found.items())
+
+
+def test_embedded_tokenizers_are_the_same_in_every_call():
+    """Text encoders are trained with the numbers of one call and saved with another's."""
+    for build in (train_tiny_dit.build_tokenizer, train_tiny_dit.build_t5_tokenizer):
+        assert build().get_vocab() == build().get_vocab()
+    tokenizer = train_tiny_dit.build_tokenizer()
+    found = tokenizer.convert_ids_to_tokens(tokenizer('a red circle and the text "47"').input_ids)
+    words = ["a", "red", "circle", "and", "the", "text", '"', "4", "7", '"']
+    assert found == ["<|startoftext|>", *(f"{word}</w>" for word in words), "<|endoftext|>"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.model_max_length) == (0, 1, 12)
 
 
 def test_messages_for_folders_that_do_not_fit(tmp_path):

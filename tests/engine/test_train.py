@@ -20,17 +20,15 @@ from . import tiny_runs
 
 DEEPSPEED = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
 LAUNCHER = re.compile(r"\[[-\d]+ [:,\d]+\] \[(INFO|WARNING|ERROR)\] \[(launch|runner|real_accelerator)\.py:")
-one_gpu = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="the launcher would put two ranks on one GPU")
+not_on_one_gpu = pytest.mark.skipif(
+    torch.cuda.device_count() == 1, reason="the launcher would put two ranks on one GPU"
+)
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess:
     """Runs a command as a person does: no process of ours has imported anything before."""
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TORCH_EXTENSIONS_DIR": str(folder / "ext"),
-    }
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     return subprocess.run(words, cwd=folder, env=env, text=True, capture_output=True, timeout=tiny_runs.PATIENCE)
@@ -47,7 +45,7 @@ def deepspeed(folder: Path, *flags: str) -> tuple[int, list[str], str]:
 # ---------------------------------------------------------------------------------------------------- a normal run
 
 
-@one_gpu
+@not_on_one_gpu
 def test_two_ranks_under_the_launcher(tiny_pipeline, tmp_path):
     config = tiny_runs.run_config(
         tiny_pipeline,
@@ -59,16 +57,8 @@ def test_two_ranks_under_the_launcher(tiny_pipeline, tmp_path):
     assert lines[0] == "latent-critic: run"
     names = [line.split()[0].rstrip(":") for line in lines[1:] if line]
     plan = ["model", "device", "sampling", "iteration", "rewards", "memory", "length"]
-    assert names == [
-        *plan,
-        "held-out",
-        "tiny_rewards:brightness",
-        "overhead",
-        "pictures",
-        "metrics",
-        "model",
-        "checkpoint",
-    ]
+    summary = ["held-out", "tiny_rewards:brightness", "overhead", "pictures", "metrics", "model", "checkpoint"]
+    assert names == plan + summary
     assert "2 x CPU, DeepSpeed ZeRO stage 3" in lines[2]
     assert re.fullmatch(
         r"value pretraining 1/2 \[.*\] reward tiny_rewards:brightness 0\.\d+, explained variance 0\.00\n"
@@ -84,7 +74,7 @@ def test_two_ranks_under_the_launcher(tiny_pipeline, tmp_path):
     assert sorted(path.name for path in (run_dir / "evaluations").iterdir()) == [
         f"iteration-00000{i}.{kind}" for i in (0, 2) for kind in ("json", "npz")
     ]
-    assert not (tmp_path / "ext").exists()  # nothing was compiled
+    assert not (tmp_path / "extensions").exists()  # nothing was compiled
 
 
 def test_plain_python(tiny_pipeline, tmp_path):
@@ -94,9 +84,7 @@ def test_plain_python(tiny_pipeline, tmp_path):
     done = command(folder, sys.executable, str(tiny_runs.TRAIN), *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("latent-critic: elsewhere\n  model ")
-    assert (
-        "\nheld-out: 2 prompts (scenes:held-out), 2 ODE steps, guidance 1, seed 1000, before -> after\n" in done.stdout
-    )
+    assert "\nheld-out: 2 prompts (scenes:held-out), 2 ODE steps, guidance 1, seed 1000, before" in done.stdout
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["PPO", "first"]
     assert json.loads((folder / "elsewhere" / "config.json").read_text())["evaluation"]["num_prompts"] == 2
 
@@ -109,7 +97,7 @@ def refused(folder: Path, *flags: str, started: bool = False) -> str:
     run = tiny_runs.train(folder, *flags)
     assert run.wait() == [2], run.stderr()
     message = run.stderr()
-    assert message.startswith("error: ") and message.count("\n") == 1, message
+    assert message.startswith("error: ") and message.count("error: ") == 1 and "Traceback" not in message, message
     assert run.stdout().startswith("latent-critic: ") if started else run.stdout() == ""
     assert (folder / "run").exists() == started
     return message.removeprefix("error: ").rstrip("\n")
@@ -148,7 +136,10 @@ def refused(folder: Path, *flags: str, started: bool = False) -> str:
             {"critic": {"taps": [0, 3]}},
             r"critic\.taps: \[0, 3\] - this model has blocks 0 to 2; use \"auto\" \(\[0, 1, 2\]\)",
         ),
-        ({"deepspeed": {"zero_optimization": {"stage": 9}}}, r"^deepspeed: DeepSpeed refuses this section: .*stage"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 9}}},
+            r"(?s)^deepspeed: DeepSpeed refuses this section: .*stage",
+        ),
         ({"deepspeed": {"fp16": {}}}, r"deepspeed\.fp16: derived by the engine; set model\.dtype instead"),
         (
             {"output_dir": "config.json/run"},
@@ -210,7 +201,7 @@ def test_rewards_that_fail(tiny_pipeline, tmp_path, reward, expected):
     assert re.search(expected, refused(folder, started=True))
 
 
-@one_gpu
+@not_on_one_gpu
 def test_a_mistake_that_one_rank_meets_ends_all_with_one_message(tiny_pipeline, tmp_path):
     """The second prompt is rank 1's. Rank 0 waits for it in a collective, and must neither hang nor complain."""
     config = tiny_runs.run_config(
@@ -227,7 +218,7 @@ def test_a_mistake_that_one_rank_meets_ends_all_with_one_message(tiny_pipeline, 
     assert stderr.count("\n") == 1
 
 
-@one_gpu
+@not_on_one_gpu
 def test_a_mistake_that_all_ranks_meet_is_said_once(tiny_pipeline, tmp_path):
     folder = tiny_runs.prepare(tmp_path, tiny_runs.run_config(tiny_pipeline, trainig={}))
     code, lines, stderr = deepspeed(folder)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 TRAIN = Path(__file__).parents[2] / "engine" / "train.py"
-PATIENCE = 300  # seconds until a process that should have ended counts as hanging
+PATIENCE = 600  # seconds until a process that should have ended counts as hanging; a busy machine is slow
 T5_TOKENS = 16
 # The last block drops the text tokens, so it does not use their queries; the position table is a constant.
 UNTRAINED = re.compile(r"transformer_blocks\.2\.attn\.(add_q_proj|norm_added_q)|pos_embed\.pos_embed")
@@ -175,7 +175,7 @@ def free_port() -> int:
 def _fork_server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["latent_critic.engine.trainer"])
-    quiet = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet = {"DIFFUSERS_VERBOSITY": "critical", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **quiet):
         multiprocessing.forkserver.ensure_running()
     return context

@@ -10,6 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from latent_critic.engine.backbones import TINY_DIT
 from latent_critic.engine.embedded import scenes
 from latent_critic.engine.embedded.checker import score
+from latent_critic.engine.embedded.train_tiny_dit import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +47,8 @@ def test_weights_are_small_and_their_training_is_on_record():
     losses = [row["loss"] for row in rows if row["stage"] == "flow"]
     assert len(losses) > 20 and losses[-1] < 0.5 * losses[0]
     assert any(row["stage"] == "vae" and row["psnr"] > 25 for row in rows)
+
+
+def test_tokens_are_numbered_as_in_training(pipe):
+    vocabulary = build_tokenizer().get_vocab()
+    assert pipe.tokenizer.get_vocab() == pipe.tokenizer_2.get_vocab() == vocabulary

@@ -206,7 +206,7 @@ class EvaluationConfig(_Section):
     """Held-out evaluation: the same prompts and seeds each time, deterministic (ODE) sampling."""
 
     every: int = Field(10, ge=0, description="Iterations between evaluations; 0 is only before and after the run")
-    num_prompts: int = Field(512, ge=1, description="Prompts of an evaluation, one image each")
+    num_prompts: int = Field(512, ge=2, description="Prompts of an evaluation, one image each")
     num_inference_steps: int = Field(10, ge=1, le=1000, description="Denoising steps of an evaluation image")
     guidance_scale: float = Field(
         1.0, ge=1, description="Classifier-free guidance of an evaluation; keep it at the trained one"

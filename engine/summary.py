@@ -8,6 +8,8 @@ import numpy as np
 from . import reports
 from .metrics import read_metrics
 
+PAIRS = 16  # in comparison.png
+
 
 def summarize(run_dir: Path) -> str:
     """Draws the run's pictures from what it wrote, and returns its closing lines.
@@ -22,6 +24,15 @@ def summarize(run_dir: Path) -> str:
     captions = first["prompts"][:shown]
     reports.save_grid(before["images"], captions, run_dir / "samples_before.png", marks=marks[0])
     reports.save_grid(after["images"], captions, run_dir / "samples_after.png", marks=marks[1])
+    pairs = slice(PAIRS)
+    reports.comparison(
+        before["images"][pairs],
+        after["images"][pairs],
+        captions[pairs],
+        *(None if m is None else m[pairs] for m in marks),
+        run_dir / "comparison.png",
+        f"The first {min(PAIRS, shown)} held-out prompts: same prompt, same noise",
+    )
     rows = read_metrics(run_dir)
     reports.plot_curves(rows, run_dir / "curves.png")
     scatter = {"values": after["values"], "rewards": after["rewards"]}
@@ -35,7 +46,7 @@ def summarize(run_dir: Path) -> str:
     ]
     for name in first["scores"]:
         a, b = (np.array(content["scores"][name]) for content in (first, last))
-        error = (b - a).std(ddof=1) / count**0.5 if count > 1 else float("nan")
+        error = (b - a).std(ddof=1) / count**0.5
         lines.append(f"  {name:<24} {a.mean():.4f} -> {b.mean():.4f}   ({(b - a).mean():+.4f} +- {error:.4f})")
     overhead = [row["overhead"] for row in rows if row.get("phase") == "ppo"]
     if overhead:
@@ -43,7 +54,7 @@ def summarize(run_dir: Path) -> str:
             f"overhead: an iteration takes {np.median(overhead):.3f} x its trunk forwards and backwards (median)"
         )
     lines += [
-        f"pictures:   {run_dir}/samples_before.png, samples_after.png, curves.png, critic.png",
+        f"pictures:   {run_dir}/comparison.png, samples_before.png, samples_after.png, curves.png, critic.png",
         f"metrics:    {run_dir}/metrics.jsonl, evaluations/, tensorboard/",
         f"model:      {run_dir}/pipeline (StableDiffusion3Pipeline.from_pretrained), critic.safetensors",
         f"checkpoint: {run_dir}/checkpoints (--resume auto)",

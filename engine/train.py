@@ -51,6 +51,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(error.exit_code)  # peers may wait in a collective: do not join them
+    except KeyboardInterrupt:
+        print("\nstopped; --resume auto goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        os._exit(130)
     except RuntimeError as error:
         if "by peer" in str(error):
             time.sleep(60)  # a peer has failed and said why, and the launcher ends this process: no traceback beside it

@@ -47,11 +47,6 @@ def test_first_against_last_with_the_standard_error_of_paired_differences(write)
     assert lines[3].split() == ["composition_strict", "0.5000", "->", "0.7500", "(+0.2500", "+-", "0.2500)"]
 
 
-def test_one_prompt_has_no_standard_error(write):
-    lines = summarize(write({0: BEFORE, 5: AFTER}, count=1)).splitlines()
-    assert lines[2].split() == ["dense", "0.1000", "->", "0.2000", "(+0.1000", "+-", "nan)"]
-
-
 def test_overhead_is_the_median_of_the_ppo_iterations(write):
     rows = [{"iteration": 0}, {"iteration": 1, "phase": "value_pretraining", "overhead": 9.0}]
     rows += [{"iteration": 2 + i, "phase": "ppo", "overhead": x} for i, x in enumerate((1.02, 5.0, 1.04))]
@@ -72,7 +67,7 @@ def test_pictures_and_where_they_are(write, monkeypatch):
     monkeypatch.setattr(summary.reports, "save_grid", save_grid)
     run_dir = write({0: BEFORE, 100: AFTER})
     text = summarize(run_dir)
-    for name in ("samples_before.png", "samples_after.png", "curves.png", "critic.png"):
+    for name in ("comparison.png", "samples_before.png", "samples_after.png", "curves.png", "critic.png"):
         assert name in text
         with Image.open(run_dir / name) as picture:
             assert min(picture.size) > 64

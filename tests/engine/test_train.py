@@ -68,8 +68,8 @@ def test_two_ranks_under_the_launcher(tiny_pipeline, tmp_path):
     )
     run_dir = tmp_path / "run"
     assert sorted(path.name for path in run_dir.iterdir()) == [
-        *("checkpoints", "config.json", "critic.png", "critic.safetensors", "curves.png", "evaluations"),
-        *("metrics.jsonl", "pipeline", "samples_after.png", "samples_before.png", "tensorboard"),
+        *("checkpoints", "comparison.png", "config.json", "critic.png", "critic.safetensors", "curves.png"),
+        *("evaluations", "metrics.jsonl", "pipeline", "samples_after.png", "samples_before.png", "tensorboard"),
     ]
     assert sorted(path.name for path in (run_dir / "evaluations").iterdir()) == [
         f"iteration-00000{i}.{kind}" for i in (0, 2) for kind in ("json", "npz")

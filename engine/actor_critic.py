@@ -75,4 +75,4 @@ class ActorCritic(nn.Module):
             features = [tokens.chunk(2)[1] for tokens in features]
         if self.detach:
             features = [tokens.detach() for tokens in features]
-        return prediction, self.critic(features, timesteps)
+        return prediction, self.critic(*features, timesteps=timesteps)

@@ -57,7 +57,8 @@ class Critic(nn.Module):
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
 
-    def forward(self, features: list[Tensor], timesteps: Tensor) -> Tensor:
+    def forward(self, *features: Tensor, timesteps: Tensor) -> Tensor:
+        """features: one [B, N, D] per tap; timesteps: float32 [B]."""
         steps = timesteps if self.timestep_adaln else torch.zeros_like(timesteps)
         time = nn.functional.silu(self.time_embedding(self.sinusoid(steps).to(features[0].dtype)))
         pooled = torch.cat([tap(tokens, time) for tap, tokens in zip(self.taps, features, strict=True)], dim=-1)

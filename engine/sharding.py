@@ -15,6 +15,7 @@ from .actor_critic import ActorCritic
 from .config import Config
 from .errors import UserError
 from .optimizer import PhasedAdamW
+from .units import make_units
 
 POLICY, CRITIC = 0, 1  # parameter groups, in this order
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,6 +88,7 @@ def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpe
         "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": 10**9,
     }
+    make_units([*model.backbone.blocks(model.trunk), model.critic])
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
     except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:

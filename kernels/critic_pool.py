@@ -14,9 +14,9 @@
 The tokens stay as they are in memory; statistics, softmax and products are computed in float32. AdaLN modulation: DiT
 (arXiv 2212.09748); pooling by learned queries: the PMA of Set Transformer (arXiv 1810.00825).
 
-`critic_pool` computes the same without a product over N tokens: with one query per head, query k^T is x times
-u = key_weight^T query, where the shift cancels in the softmax and LayerNorm and scale fold into u; and value_weight is
-applied to the pooled token. What is left of N reads h: its statistics, N x heads scores and one weighted sum.
+`critic_pool` computes the same without a matrix product over N tokens: with one query per head, query k^T is x times
+key_weight^T query, where the shift cancels in the softmax and the scale folds into that vector; and value_weight is
+applied to the pooled token. What is left of N: its statistics, N x heads scores and one weighted sum.
 """
 
 import torch
@@ -49,16 +49,11 @@ def critic_pool_folded(
         t.to(dtype) for t in (h, query, key_weight, value_weight, scale, shift)
     )
     heads, head_dim = query.shape
-    scale, shift = 1.0 + scale.unsqueeze(1), shift.unsqueeze(1)  # [B, 1, D]
     folded = torch.einsum("hd,hdD->hD", query, key_weight.unflatten(0, (heads, head_dim))) * head_dim**-0.5
-    u = scale * folded  # [B, heads, D]
-    variance, mean = torch.var_mean(h, dim=-1, correction=0)
-    inverse_std = (variance + LAYER_NORM_EPS).rsqrt().unsqueeze(1)  # [B, 1, N]
-    mean = mean.unsqueeze(1)
-    scores = (u @ h.transpose(1, 2) - mean * u.sum(-1, keepdim=True)) * inverse_std
-    weights = scores.softmax(dim=-1) * inverse_std  # [B, heads, N]
-    normalized = weights @ h - (weights * mean).sum(-1, keepdim=True)
-    pooled = normalized * scale + shift  # [B, heads, D]
+    scale, shift = 1.0 + scale.unsqueeze(1), shift.unsqueeze(1)  # [B, 1, D]
+    x = torch.nn.functional.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
+    weights = ((scale * folded) @ x.transpose(1, 2)).softmax(dim=-1)  # [B, heads, N]
+    pooled = (weights @ x) * scale + shift  # [B, heads, D]
     return torch.einsum("bhD,hdD->bhd", pooled, value_weight.unflatten(0, (heads, head_dim))).flatten(1)
 
 

@@ -47,6 +47,10 @@ class Backbone(ABC):
     def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
         """The block whose image tokens [B, N, D] a critic reads, and where they stand in its output tuple."""
 
+    def blocks(self, trunk: nn.Module) -> list[nn.Module]:
+        """The blocks, in order."""
+        return [self.tap(trunk, index)[0] for index in range(self.depth)]
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 [B, height, width, 3] pictures of clean float32 latents."""

@@ -28,7 +28,11 @@ def read_features(model, inputs, **options):
         block.register_forward_hook(lambda _module, _inputs, output, i=i: blocks.update({i: output[1].detach()}))
         for i, block in enumerate(model.trunk.transformer_blocks)
     ]
-    handles.append(model.critic.register_forward_pre_hook(lambda _module, args: given.append(args)))
+
+    def keep(_module, args, kwargs):
+        given.append((args, kwargs["timesteps"]))
+
+    handles.append(model.critic.register_forward_pre_hook(keep, with_kwargs=True))
     outputs = model(*inputs, **options)
     for handle in handles:
         handle.remove()
@@ -57,7 +61,7 @@ def test_taps_read_the_image_tokens_of_their_blocks(make, taps, expected):
         assert tokens.shape == (3, 64, 64)  # 8 x 8 patches of a trunk 64 wide
         assert torch.equal(tokens, blocks[index])
     assert torch.equal(timesteps, STEPS)
-    assert torch.equal(values, model.critic([blocks[i] for i in expected], STEPS))
+    assert torch.equal(values, model.critic(*(blocks[i] for i in expected), timesteps=STEPS))
     assert torch.equal(prediction, plain_prediction(model, inputs))
     assert prediction.dtype == values.dtype == torch.float32 and values.shape == (3, 2)
     assert values.std() > 0.05

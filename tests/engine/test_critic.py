@@ -28,7 +28,8 @@ def inputs(num_taps=2, batch=BATCH, seed=1):
 
 
 def test_values_start_at_exactly_zero():
-    values = make()(*inputs())
+    features, timesteps = inputs()
+    values = make()(*features, timesteps=timesteps)
     assert values.dtype == torch.float32 and torch.equal(values, torch.zeros(BATCH, 3))
 
 
@@ -53,34 +54,35 @@ def test_values_are_the_formula():
         pooled = critic.norm(torch.cat(pooled))
         expected[i] = torch.cat([head(pooled) for head in critic.heads])
     # Sums of at most 128 products of order 1 in another order, five layers deep.
-    torch.testing.assert_close(critic(features, timesteps), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(critic(*features, timesteps=timesteps), expected, rtol=2e-5, atol=2e-5)
     assert expected.std() > 0.1
 
 
 def test_samples_do_not_mix_and_the_order_of_tokens_does_not_count():
     critic = awaken(make())
     features, timesteps = inputs()
-    values = critic(features, timesteps)
+    values = critic(*features, timesteps=timesteps)
     changed = [tokens.clone() for tokens in features]
     changed[0][3:] = torch.randn(BATCH - 3, TOKENS, WIDTH)
-    found = critic(changed, timesteps)
+    found = critic(*changed, timesteps=timesteps)
     assert torch.equal(found[:3], values[:3]) and bool((found[3:] != values[3:]).all())
     shuffled = [tokens[:, torch.randperm(TOKENS)] for tokens in features]
     # The same ten terms of order 1 in another order.
-    torch.testing.assert_close(critic(shuffled, timesteps), values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(critic(*shuffled, timesteps=timesteps), values, rtol=1e-5, atol=1e-5)
 
 
 def test_each_tap_has_its_own_place():
     critic = awaken(make())
     features, timesteps = inputs()
-    assert not torch.allclose(critic(features[::-1], timesteps), critic(features, timesteps), atol=0.05)
+    values, swapped = critic(*features, timesteps=timesteps), critic(*features[::-1], timesteps=timesteps)
+    assert not torch.allclose(swapped, values, atol=0.05)
 
 
 @pytest.mark.parametrize("timestep_adaln", [True, False])
 def test_timestep_counts_only_with_adaln(timestep_adaln):
     critic = awaken(make(timestep_adaln=timestep_adaln))
     features, timesteps = inputs()
-    early, late = critic(features, timesteps), critic(features, timesteps.flip(0))
+    early, late = critic(*features, timesteps=timesteps), critic(*features, timesteps=timesteps.flip(0))
     assert early.std() > 0.1
     if timestep_adaln:
         assert bool(((early - late).abs().amax(1) > 0.01).all())
@@ -98,7 +100,7 @@ def test_gradient_reaches_every_parameter(timestep_adaln):
     reached = []
     for _ in range(3):
         optimizer.zero_grad()
-        (critic(features, timesteps) - target).square().mean().backward()
+        (critic(*features, timesteps=timesteps) - target).square().mean().backward()
         reached.append({name for name, p in critic.named_parameters() if bool(p.grad.any())})
         optimizer.step()
     every = {name for name, _ in critic.named_parameters()}
@@ -111,7 +113,7 @@ def test_heads_are_separate():
     """One head per reward (arXiv 2605.27736): the loss of one moves no other's weights."""
     critic = awaken(make())
     features, timesteps = inputs()
-    critic(features, timesteps)[:, 1].square().sum().backward()
+    critic(*features, timesteps=timesteps)[:, 1].square().sum().backward()
     moved = [any(bool(p.grad.any()) for p in head.parameters()) for head in critic.heads]
     assert moved == [False, True, False]
 
@@ -126,7 +128,7 @@ def test_overfits_a_small_regression():
     optimizer = torch.optim.AdamW(critic.parameters(), lr=3e-3, betas=(0.9, 0.95))
     losses = []
     for _ in range(150):
-        loss = 0.5 * (critic(features, timesteps) - target).square().mean()
+        loss = 0.5 * (critic(*features, timesteps=timesteps) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

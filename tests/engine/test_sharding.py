@@ -36,14 +36,13 @@ def two(runs):
 @pytest.mark.parametrize("sharded", ["one", "two"])
 def test_weights_agree_with_torch_alone(plain, sharded, request):
     """After 5 updates, 2 of them of the policy. A gradient's rounding errors are 1e-6 of its largest elements, and
-    Adam turns elements as small as those into steps of up to the learning rate, 1e-4 and 3e-4. On one process the sums
-    have the same order, and the errors are smaller."""
+    Adam turns elements as small as those into steps of up to the learning rate, 1e-4 and 3e-4."""
     found = request.getfixturevalue(sharded)["final"]
     assert found.keys() == plain["final"].keys()
     errors = {name: (found[name] - plain["final"][name]).abs().max().item() for name in found}
     moved = {name: (found[name] - plain["initial"][name]).abs().max().item() for name in found}
     worst = max(errors, key=errors.get)
-    assert errors[worst] < (1e-5 if sharded == "two" else 1e-6), (worst, errors[worst])
+    assert errors[worst] < 1e-5, (worst, errors[worst])
     assert all(distance > 1e-4 for name, distance in moved.items() if not tiny_runs.UNTRAINED.search(name))
 
 
@@ -74,7 +73,7 @@ def test_ranks_together_draw_what_one_draws(plain, one, two, runs):
 def test_metrics_agree(plain, one, two):
     """The first iteration starts from the same weights, so that only the order of sums differs; later ones follow from
     weights that differ by less than 1e-5, through a picture's 8 bits: a flip of one is 1 / 255 / (64 x 64 x 3)."""
-    keys = ["reward/tiny_rewards:brightness", "reward/tiny_rewards:brightness_std", "reward/jpeg_compressibility"]
+    keys = ["reward/tiny_rewards:brightness", "reward/tiny_rewards:brightness_std", "reward/tiny_rewards:redness"]
     keys += ["value_loss", "explained_variance", "grad_norm/critic"]
     for found in (one, two):
         assert [row["phase"] for row in found["rows"]] == ["value_pretraining", "ppo", "ppo"]

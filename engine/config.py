@@ -112,7 +112,10 @@ class RolloutConfig(_Section):
         256, ge=1, description="Images of an iteration over all ranks; with `micro_batch_size`, the only batch numbers"
     )
     micro_batch_size: int = Field(
-        32, ge=1, description="Images of a rank in one forward pass; lower it if memory runs out"
+        32,
+        ge=1,
+        description="Images of a rank in one forward pass, at most: a rank's share of an update may be smaller. "
+        "Lower it if memory runs out",
     )
     train_last_step: bool = Field(
         False, description="Also train the last denoising step, whose std is near 0 and likelihood explodes"
@@ -272,24 +275,24 @@ class Config(_Section):
             raise ValueError("\n".join(mistakes))
         return self
 
-    def validate_batching(self, world_size: int) -> int:
-        """Micro-batches of a rank in one optimizer step (DeepSpeed's gradient_accumulation_steps).
+    def for_processes(self, world_size: int) -> "Config":
+        """This config, its micro-batch cut to a rank's share of one optimizer step where that is smaller.
 
         Raises UserError unless samples_per_iteration splits evenly over ranks, updates and micro-batches.
         """
-        samples, micro_batch = self.rollout.samples_per_iteration, self.rollout.micro_batch_size
-        updates = self.training.updates_per_iteration
+        samples, updates = self.rollout.samples_per_iteration, self.training.updates_per_iteration
+        micro_batch = max(1, min(self.rollout.micro_batch_size, samples // (updates * world_size)))
         unit = micro_batch * updates * world_size
         if samples % unit == 0:
-            return samples // unit
+            rollout = self.rollout.model_copy(update={"micro_batch_size": micro_batch})
+            return self.model_copy(update={"rollout": rollout})
         below = samples // unit * unit
         valid = [below, below + unit] if below else [unit]
         nearest = min(valid, key=lambda n: abs(n - samples))
         raise UserError(
-            f"rollout.samples_per_iteration = {samples}: must be a multiple of {unit} = rollout.micro_batch_size "
-            f"{micro_batch} x training.updates_per_iteration {updates} x {world_size} "
-            f"process{'es' if world_size > 1 else ''}; nearest valid: {nearest}"
-            + "".join(f" (or {n})" for n in valid if n != nearest)
+            f"rollout.samples_per_iteration = {samples}: must be a multiple of {unit} = micro-batch {micro_batch} x "
+            f"training.updates_per_iteration {updates} x {world_size} process{'es' if world_size > 1 else ''}; "
+            f"nearest valid: {nearest}" + "".join(f" (or {n})" for n in valid if n != nearest)
         )
 
 

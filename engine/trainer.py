@@ -35,8 +35,8 @@ class Trainer:
     """One run of one configuration. Every rank builds one; rank 0 writes."""
 
     def __init__(self, config: Config, world: World, run_dir: Path):
+        config = config.for_processes(world.size)
         self.config, self.world, self.run_dir = config, world, run_dir
-        config.validate_batching(world.size)
         torch.manual_seed(config.seed)
         self.rewards = build_rewards(config.rewards)
         watched = build_rewards(config.evaluation.rewards)

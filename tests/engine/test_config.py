@@ -76,11 +76,11 @@ def test_save_writes_every_key_and_reads_back_equal(write, tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_load_shard_and_split_over_one_or_two_processes(path):
+def test_recipes_load_shard_and_split_over_eight_processes(path):
     config = load_config(path)
-    assert config.deepspeed["zero_optimization"] == {"stage": 3, "stage3_param_persistence_threshold": 0}
-    assert config.validate_batching(1) >= 1
-    assert config.validate_batching(2) >= 1
+    assert config.deepspeed["zero_optimization"]["stage"] == 3
+    for world_size in (1, 2, 4, 8):
+        config.for_processes(world_size)
 
 
 # ------------------------------------------------------------------------------------------------------- overrides
@@ -364,9 +364,11 @@ def batching(samples: int, micro_batch: int, updates: int) -> Config:
     )
 
 
-@pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 6), (2, 3), (6, 1)])
-def test_batching_counts_the_micro_batches_of_an_update(world_size, micro_batches):
-    assert batching(192, 16, 2).validate_batching(world_size) == micro_batches  # 192 = 16 * 2 * 6
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 16), (2, 16), (6, 16), (12, 8), (96, 1)])
+def test_micro_batch_is_cut_to_a_ranks_share_of_an_update(world_size, micro_batch):
+    config = batching(192, 16, 2)  # 192 = 16 * 2 * 6
+    assert config.for_processes(world_size) == batching(192, micro_batch, 2)
+    assert config.rollout.micro_batch_size == 16
 
 
 @pytest.mark.parametrize(
@@ -374,16 +376,21 @@ def test_batching_counts_the_micro_batches_of_an_update(world_size, micro_batche
     [
         (200, "192 (or 256)"),
         (250, "256 (or 192)"),
-        (10, "64"),  # below one unit there is only one way
+        (65, "64 (or 128)"),
     ],
 )
 def test_impossible_batching_states_the_nearest_valid_number(samples, nearest):
     with pytest.raises(UserError) as caught:
-        batching(samples, 16, 2).validate_batching(2)
+        batching(samples, 16, 2).for_processes(2)
     assert str(caught.value) == (
-        f"rollout.samples_per_iteration = {samples}: must be a multiple of 64 = rollout.micro_batch_size 16 x "
+        f"rollout.samples_per_iteration = {samples}: must be a multiple of 64 = micro-batch 16 x "
         f"training.updates_per_iteration 2 x 2 processes; nearest valid: {nearest}"
     )
+
+
+def test_too_few_samples_for_the_processes():
+    with pytest.raises(UserError, match=r"= 3: must be a multiple of 4 = micro-batch 1 x .*; nearest valid: 4$"):
+        batching(3, 16, 2).for_processes(2)
 
 
 # ----------------------------------------------------------------------------------------------------- documentation

@@ -38,6 +38,8 @@ class Run:
 
     def __init__(self, config, model, world):
         self.config, self.world, self.model = config, world, model
+        if config.model.gradient_checkpointing:
+            model.trunk.enable_gradient_checkpointing()
         self.clock = TrunkClock(model.trunk, CPU)
         self.encode = PromptCache(model.backbone)
         self.engine = shard(model, config, world)
@@ -180,9 +182,10 @@ MUST_MOVE = (
 )
 CASES = {
     "flow-sde": ([False, True], {}),
-    "cps, guided, shared trunk": (
+    "cps, guided, shared trunk, checkpointed": (
         [True, False, True],
         {
+            "model": {"gradient_checkpointing": True},
             "rollout": {"transition": "cps", "noise_level": 0.8, "guidance_scale": 2.0, "samples_per_iteration": 2},
             "critic": {"trunk": "shared", "taps": [0, 2]},
             "training": {"updates_per_iteration": 1},

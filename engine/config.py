@@ -117,8 +117,11 @@ class RolloutConfig(_Section):
         description="Images of a rank in one forward pass, at most: a rank's share of an update may be smaller. "
         "Lower it if memory runs out",
     )
-    train_last_step: bool = Field(
-        False, description="Also train the last denoising step, whose std is near 0 and likelihood explodes"
+    num_trained_steps: int | None = Field(
+        None,
+        ge=1,
+        description="The first steps, which are stochastic and trained; the others are the ODE's. null is all but the "
+        "last, whose std is near 0 and likelihood explodes",
     )
 
 
@@ -268,6 +271,11 @@ class Config(_Section):
             mistakes.append(
                 f"rollout.noise_level = {rollout.noise_level}: at most 1 for rollout.transition = "
                 f'"{rollout.transition}", whose std would exceed the noise that the latent holds'
+            )
+        if (rollout.num_trained_steps or 0) > rollout.num_inference_steps:
+            mistakes.append(
+                f"rollout.num_trained_steps = {rollout.num_trained_steps}: at most rollout.num_inference_steps = "
+                f"{rollout.num_inference_steps}"
             )
         if not any(reward.weight for reward in self.rewards):
             mistakes.append("rewards: each weight is 0; give one reward or more another weight")

@@ -55,7 +55,7 @@ class Trainer:
             config.rollout.transition,
             config.rollout.noise_level,
             sigmas=sigmas,
-            train_last_step=config.rollout.train_last_step,
+            num_trained_steps=config.rollout.num_trained_steps,
         ).to(world.device)
         self.trained = int(trained_steps(self.table).sum())
 

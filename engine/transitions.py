@@ -8,8 +8,8 @@ In the formulas:
                x0 = z - sigma v and x1 = z + (1 - sigma) v: the predicted data and noise
     diffusion  z = sqrt(ab) data + sqrt(1 - ab) noise, ab and ab': alpha-bar before and after the step
 
-The last step has a tiny std, so its likelihood explodes: it is the ODE's step (s = 0), and not trained, unless
-`train_last_step` is set.
+Only the first `num_trained_steps` steps are stochastic and trained; the others are the ODE's (s = 0). By default that
+is the last one alone: its std is tiny, so that its likelihood would explode.
 """
 
 import math
@@ -31,7 +31,7 @@ def ode_table(sigmas: Tensor) -> Tensor:
     return _table(torch.ones_like(sigma), sigma_next - sigma, torch.zeros_like(sigma))
 
 
-def flow_sde_table(sigmas: Tensor, noise_level: float, train_last_step: bool = False) -> Tensor:
+def flow_sde_table(sigmas: Tensor, noise_level: float, num_trained_steps: int | None = None) -> Tensor:
     """Flow-GRPO's SDE (arXiv 2505.05470): w = noise_level sqrt(sigma / (1 - sigma)), s = w sqrt(D),
 
         mu = z (1 - w^2 D / (2 sigma)) - v D (1 + w^2 (1 - sigma) / (2 sigma)).
@@ -44,19 +44,19 @@ def flow_sde_table(sigmas: Tensor, noise_level: float, train_last_step: bool = F
     starts_at_one = 1.0 - sigma < 1e-6
     sigma_below_one = torch.where(starts_at_one, sigmas[1].to(torch.float64), sigma)
     w = noise_level * (sigma / (1.0 - sigma_below_one)).sqrt()
-    return _score_sde_table(sigmas, w, train_last_step)
+    return _score_sde_table(sigmas, w, num_trained_steps)
 
 
-def dance_sde_table(sigmas: Tensor, noise_level: float, train_last_step: bool = False) -> Tensor:
+def dance_sde_table(sigmas: Tensor, noise_level: float, num_trained_steps: int | None = None) -> Tensor:
     """DanceGRPO's SDE (arXiv 2505.07818): mean and std of `flow_sde_table` with constant w = noise_level.
 
     sigmas: [K+1], descending to 0.
     """
     sigma, _ = _pairs(sigmas)
-    return _score_sde_table(sigmas, torch.full_like(sigma, noise_level), train_last_step)
+    return _score_sde_table(sigmas, torch.full_like(sigma, noise_level), num_trained_steps)
 
 
-def cps_table(sigmas: Tensor, noise_level: float) -> Tensor:
+def cps_table(sigmas: Tensor, noise_level: float, num_trained_steps: int | None = None) -> Tensor:
     """Coefficients-preserving sampling (arXiv 2509.05952): s = sigma' sin(noise_level pi / 2),
 
         mu = (1 - sigma') x0 + sqrt(sigma'^2 - s^2) x1.
@@ -65,8 +65,9 @@ def cps_table(sigmas: Tensor, noise_level: float) -> Tensor:
     sigmas: [K+1], descending to 0.
     """
     sigma, sigma_next = _pairs(sigmas)
-    s = sigma_next * math.sin(0.5 * math.pi * noise_level)
-    noise_kept = sigma_next * math.cos(0.5 * math.pi * noise_level)
+    angle = _trained(torch.full_like(sigma, 0.5 * math.pi * noise_level), num_trained_steps)
+    s = sigma_next * angle.sin()
+    noise_kept = sigma_next * angle.cos()
     return _table(1.0 - sigma_next + noise_kept, noise_kept * (1.0 - sigma) - (1.0 - sigma_next) * sigma, s)
 
 
@@ -76,7 +77,7 @@ def ddim_table(
     noise_level: float,
     prediction_type: str = "epsilon",
     final_alpha_cumprod: float = 1.0,
-    train_last_step: bool = False,
+    num_trained_steps: int | None = None,
 ) -> Tensor:
     """DDIM with eta = noise_level (arXiv 2010.02502, eq. 12 and 16): s^2 = eta^2 (1 - ab') / (1 - ab) (1 - ab / ab'),
 
@@ -91,9 +92,7 @@ def ddim_table(
         raise ValueError(f"timesteps must be [K], descending, got {timesteps.tolist()}")
     ab = alphas_cumprod.to("cpu", torch.float64)[timesteps.cpu()]
     ab_next = torch.cat([ab[1:], torch.tensor([final_alpha_cumprod], dtype=torch.float64)])
-    eta = torch.full_like(ab, noise_level)
-    if not train_last_step:
-        eta[-1] = 0.0
+    eta = _trained(torch.full_like(ab, noise_level), num_trained_steps)
     s = eta * ((1.0 - ab_next) / (1.0 - ab) * (1.0 - ab / ab_next)).sqrt()
     eps_coefficient = (1.0 - ab_next - s.square()).clamp_min(0.0).sqrt()
     if prediction_type == "epsilon":
@@ -118,7 +117,7 @@ def build_table(
     timesteps: Tensor | None = None,
     prediction_type: str = "epsilon",
     final_alpha_cumprod: float = 1.0,
-    train_last_step: bool = False,
+    num_trained_steps: int | None = None,
 ) -> Tensor:
     """The float32 [K, 3] table of the sampler `name` for a model's schedule.
 
@@ -136,13 +135,13 @@ def build_table(
         raise UserError(f'rollout.noise_level: must be {allowed_range} for "{name}", got {noise_level:g}')
     if sigmas is None:
         eta = 0.0 if name == "ode" else noise_level
-        return ddim_table(alphas_cumprod, timesteps, eta, prediction_type, final_alpha_cumprod, train_last_step)
+        return ddim_table(alphas_cumprod, timesteps, eta, prediction_type, final_alpha_cumprod, num_trained_steps)
     if name == "flow-sde":
-        return flow_sde_table(sigmas, noise_level, train_last_step)
+        return flow_sde_table(sigmas, noise_level, num_trained_steps)
     if name == "dance-sde":
-        return dance_sde_table(sigmas, noise_level, train_last_step)
+        return dance_sde_table(sigmas, noise_level, num_trained_steps)
     if name == "cps":
-        return cps_table(sigmas, noise_level)
+        return cps_table(sigmas, noise_level, num_trained_steps)
     return ode_table(sigmas)
 
 
@@ -151,18 +150,21 @@ def trained_steps(table: Tensor) -> Tensor:
     return table[:, 2] > 0
 
 
-def _score_sde_table(sigmas: Tensor, w: Tensor, train_last_step: bool) -> Tensor:
+def _score_sde_table(sigmas: Tensor, w: Tensor, num_trained_steps: int | None) -> Tensor:
     """mu = z - v D + w^2 / 2 score D with score = -(z + (1 - sigma) v) / sigma, s = w sqrt(D).
 
     The Euler-Maruyama step of an SDE with the ODE's marginals, for any w [K].
     """
     sigma, sigma_next = _pairs(sigmas)
-    if not train_last_step:
-        w = w.clone()
-        w[-1] = 0.0
+    w = _trained(w, num_trained_steps)
     step = sigma - sigma_next
     score_weight = 0.5 * w.square() * step / sigma
     return _table(1.0 - score_weight, -step - score_weight * (1.0 - sigma), w * step.sqrt())
+
+
+def _trained(noise: Tensor, count: int | None) -> Tensor:
+    """noise [K] of the first `count` steps, 0 in the others; None is all but the last."""
+    return torch.where(torch.arange(len(noise)) < (len(noise) - 1 if count is None else count), noise, 0.0)
 
 
 def _pairs(sigmas: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ def test_ode_equals_the_stock_flow_scheduler():
 @pytest.mark.parametrize("name", FLOW_TABLES)
 def test_noise_level_zero_is_the_ode(name):
     sigmas = _sd3_sigmas(10)
-    table = build_table(name, 0.0, sigmas=sigmas, train_last_step=True)
+    table = build_table(name, 0.0, sigmas=sigmas, num_trained_steps=10)
     # CPS reaches 1 and -D by sums of numbers up to 1 in float64, so only the rounding to float32 differs.
     torch.testing.assert_close(table, ode_table(sigmas), rtol=EPS, atol=1e-15)
     assert not trained_steps(table).any()
@@ -95,7 +95,7 @@ def test_ddim_equals_the_stock_scheduler(eta, spacing, prediction_type, set_alph
         eta,
         prediction_type,
         scheduler.final_alpha_cumprod.item(),
-        train_last_step=True,
+        num_trained_steps=10,
     )
     z = _randn(2, 4, 8, 8)
     for k, t in enumerate(scheduler.timesteps):
@@ -122,13 +122,13 @@ def test_flow_sde_equals_the_published_step():
         return z * (1 + drift * dt) + v * (1 + drift * (1 - sigma)) * dt
 
     std = [std_dev(k) * math.sqrt(levels[k] - levels[k + 1]) for k in range(10)]
-    _assert_table(flow_sde_table(sigmas, 0.7, train_last_step=True), mean, std)
+    _assert_table(flow_sde_table(sigmas, 0.7, num_trained_steps=10), mean, std)
 
 
 def test_flow_sde_stds_of_sd35_medium():
     # Known values for SD3.5-M's schedule (shift 3) in 10 steps; the last is why it is not trained.
     expected = torch.tensor([0.70, 0.74, 0.54, 0.45, 0.39, 0.35, 0.32, 0.28, 0.23, 0.0063])
-    std = flow_sde_table(_sd3_sigmas(10), 0.7, train_last_step=True)[:, 2]
+    std = flow_sde_table(_sd3_sigmas(10), 0.7, num_trained_steps=10)[:, 2]
     torch.testing.assert_close(std[:9], expected[:9], rtol=0, atol=0.005)
     torch.testing.assert_close(std[9:], expected[9:], rtol=0, atol=0.00005)
 
@@ -144,7 +144,7 @@ def test_dance_sde_adds_half_the_score_to_the_euler_step():
         return z - v * step + 0.5 * 0.3**2 * score * step
 
     std = [0.3 * math.sqrt(levels[k] - levels[k + 1]) for k in range(10)]
-    _assert_table(dance_sde_table(sigmas, 0.3, train_last_step=True), mean, std)
+    _assert_table(dance_sde_table(sigmas, 0.3, num_trained_steps=10), mean, std)
 
 
 def test_cps_recombines_predicted_data_and_noise():
@@ -247,7 +247,7 @@ def test_last_flow_step_is_the_odes_unless_trained(name):
     table = build_table(name, 0.5, sigmas=sigmas)
     assert trained_steps(table).tolist() == [True, True, True, False]
     torch.testing.assert_close(table[-1], ode_table(sigmas)[-1], rtol=0, atol=EPS)
-    trained = build_table(name, 0.5, sigmas=sigmas, train_last_step=True)
+    trained = build_table(name, 0.5, sigmas=sigmas, num_trained_steps=4)
     assert torch.equal(trained[:-1], table[:-1])
     # CPS adds at most sigma' = 0 of noise there.
     assert trained_steps(trained).sum() == (3 if name == "cps" else 4)
@@ -259,7 +259,18 @@ def test_last_ddim_step_is_deterministic_unless_trained():
     table = build_table("ddim", 1.0, **schedule)
     assert trained_steps(table).tolist() == [True, True, False]
     assert torch.equal(table[-1], build_table("ode", 0.0, **schedule)[-1])
-    assert trained_steps(build_table("ddim", 1.0, **schedule, train_last_step=True)).sum() == 3
+    assert trained_steps(build_table("ddim", 1.0, **schedule, num_trained_steps=3)).sum() == 3
+
+
+@pytest.mark.parametrize("name", ["flow-sde", "dance-sde", "cps", "ddim"])
+def test_steps_after_the_trained_ones_are_the_odes(name):
+    alphas_cumprod, timesteps = torch.linspace(0.999, 0.02, 50), torch.tensor([40, 30, 20, 2])
+    diffusion = {"alphas_cumprod": alphas_cumprod, "timesteps": timesteps}
+    schedule = diffusion if name == "ddim" else {"sigmas": torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0])}
+    table = build_table(name, 0.5, num_trained_steps=2, **schedule)
+    assert trained_steps(table).tolist() == [True, True, False, False]
+    assert torch.equal(table[:2], build_table(name, 0.5, **schedule)[:2])
+    torch.testing.assert_close(table[2:], build_table("ode", 0.0, **schedule)[2:], rtol=0, atol=EPS)
 
 
 def test_zero_terminal_snr():

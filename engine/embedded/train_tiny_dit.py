@@ -45,7 +45,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=60_000, help="pictures to draw")
     parser.add_argument("--vae-steps", type=int, default=1_500)
-    parser.add_argument("--steps", type=int, default=6_300, help="transformer steps")
+    parser.add_argument(
+        "--steps", type=int, default=2_400, help="transformer steps; few, so that post-training has something to gain"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--minutes", type=float, default=None, help="end the transformer stage early, decay included")
@@ -308,7 +310,7 @@ def main() -> None:
             journal.write(json.dumps(row) + "\n")
             journal.flush()
 
-        log(stage="arguments", seed=args.seed, scenes=args.scenes, batch_size=args.batch_size, torch=torch.__version__)
+        log(stage="arguments", **{name: str(value) for name, value in vars(args).items()}, torch=torch.__version__)
         pictures, captions = draw_scenes(args.work, args.scenes, args.seed)
         stored = args.work / "vae"
         if not stored.exists():

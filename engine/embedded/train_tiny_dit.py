@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import (
@@ -312,10 +313,12 @@ def main() -> None:
 
         log(stage="arguments", **{name: str(value) for name, value in vars(args).items()}, torch=torch.__version__)
         pictures, captions = draw_scenes(args.work, args.scenes, args.seed)
-        stored = args.work / "vae"
+        stored = args.work / "vae.safetensors"
         if not stored.exists():
-            train_vae(pictures, args.vae_steps, args.seed, device, autocast, log).save_pretrained(stored)
-        vae = AutoencoderKL.from_pretrained(stored).to(device).eval()
+            save_file(train_vae(pictures, args.vae_steps, args.seed, device, autocast, log).state_dict(), stored)
+        vae = build_vae()  # not from_pretrained, which would leave this machine's path in the shipped config
+        vae.load_state_dict(load_file(stored))
+        vae = vae.to(device).eval()
         latents = encode(vae, pictures, device)
         model = train_flow(latents, captions, vae, args, device, autocast, log)
     save(model, vae, args.output)

@@ -39,7 +39,7 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
         delta_k = r_k + gamma V_{k+1} - V_k,  A_k = delta_k + gamma lam A_{k+1},  G_k = A_k + V_k,  V_K = 0
 
     rewards: [N, M], what the last of the K steps earns. values: [N, K, M], of the latents the steps start from; pass
-    only trained steps, so that the reward belongs to the last of them. Returns advantages and returns, [N, K, M].
+    only those that the critic has learned. Returns advantages and returns, [N, K, M].
     With gamma = lam = 1, A_k = R - V_k and G_k = R, exactly: what is computed is the equivalent lambda-return,
     G_k = r_k + gamma ((1 - lam) V_{k+1} + lam G_{k+1}), which then has no rounding.
     """

@@ -161,7 +161,14 @@ class AlgorithmConfig(_Section):
         "1e-5 for SD1.5",
     )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount a denoising step (GAE, arXiv 1506.02438)")
-    lam: float = Field(1.0, ge=0, le=1, description="lambda of GAE; 1 is the Monte-Carlo return")
+    lam: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="lambda of the policy's GAE; 1 compares with what the sample earned (arXiv 2605.27736), less trusts "
+        "the critic's next value instead: less noise, if the critic explains something. The critic always learns what "
+        "was earned",
+    )
     advantage_clip: float = Field(10.0, gt=0, description="Bound of a normalised advantage, in standard deviations")
     target_clip: float = Field(5.0, gt=0, description="Bound of a value target, in standard deviations of the reward")
     value_clip_range: float | None = Field(
@@ -203,7 +210,10 @@ class TrainingConfig(_Section):
     )
     value_pretraining_epochs: int = Field(3, ge=1, description="Passes over the samples, a value-pretraining iteration")
     critic_epochs: int = Field(
-        2, ge=0, description="Extra critic-only passes an iteration, so that the critic follows a moving policy"
+        2,
+        ge=0,
+        description="Extra critic-only passes an iteration, so that the critic follows a moving policy; `lam` below 1 "
+        "needs one, which learns the value after the last trained step too",
     )
     checkpoint_every: int = Field(10, ge=1, description="Iterations between checkpoints")
 
@@ -276,6 +286,11 @@ class Config(_Section):
             mistakes.append(
                 f"rollout.num_trained_steps = {rollout.num_trained_steps}: at most rollout.num_inference_steps = "
                 f"{rollout.num_inference_steps}"
+            )
+        if self.algorithm.lam < 1 and self.training.critic_epochs == 0:
+            mistakes.append(
+                f"training.critic_epochs = 0: algorithm.lam = {self.algorithm.lam} needs 1 or more, since no other pass "
+                "learns the value after the last trained step"
             )
         if not any(reward.weight for reward in self.rewards):
             mistakes.append("rewards: each weight is 0; give one reward or more another weight")

@@ -17,8 +17,9 @@ from .errors import UserError
 from .prompt_cache import PromptCache
 from .prompts import Prompt
 from .reward_stats import RunningStandardizer
-from .rewards import Reward, score_all
+from .rewards import Reward
 from .rollout import Model, rollout
+from .scoring import Scoring
 from .sharding import World
 from .transitions import ode_table
 
@@ -96,25 +97,25 @@ class Evaluator:
         ode = ode_table(sigmas), timestep_of(sigmas[:-1])
         images, scores, _ = self._sample(model, *ode, options.guidance_scale, self.rewards)
         _, earned, values = self._sample(model, self.table, self.timesteps, trained_guidance, self.trained)
-        steps = int((self.table[:, 2] > 0).sum())
         standardized = standardizer.standardize(earned) if standardizer.count > 0 else earned
-        returns = standardized[:, None].expand(-1, steps, -1)
+        returns = standardized[:, None].expand_as(values)
         count = options.num_prompts
         return Evaluation(
             self.prompts,
             [r.name for r in self.rewards],
             scores[:count],
             images[:count],
-            values[:count, :steps],
+            values[:count],
             returns[:count],
         )
 
     def _sample(self, model: Model, table: Tensor, timesteps: Tensor, guidance: float, rewards: list[Reward]):
-        """Images (first GRID), scores and values of all prompts, in their order, on every rank."""
-        world, size = self.world, self.config.rollout.micro_batch_size
+        """Images (first GRID), scores and learned values of all prompts, in their order, on every rank."""
+        world = self.world
         padded = -(-len(self.prompts) // world.size)  # every rank takes as many, since ZeRO-3 gathers together
         indices = torch.arange(world.rank * padded, (world.rank + 1) * padded)
         mine = [self.prompts[i % len(self.prompts)] for i in indices.tolist()]
+        scoring = Scoring(self.backbone, rewards)
         trajectory = rollout(
             functools.partial(model, guidance_scale=guidance),
             self.encode,
@@ -124,14 +125,15 @@ class Evaluator:
             timesteps=timesteps,
             latent_shape=self.backbone.latent_shape,
             seed=self.config.evaluation.seed,
-            micro_batch_size=size,
+            micro_batch_size=self.config.rollout.micro_batch_size,
             device=world.device,
             guided=guidance > 1,
+            finished=scoring.submit,
         )
-        images = torch.cat([self.backbone.decode(part).cpu() for part in trajectory.latents[:, -1].split(size)])
-        scores = score_all(rewards, images, [p.text for p in mine], [p.metadata for p in mine])
+        images, scores = scoring.result()
         gathered: list = [None] * world.size
-        dist.all_gather_object(gathered, (images[: self.GRID], scores, trajectory.values.cpu()))
+        values = trajectory.values[:, : trajectory.valued_steps].cpu()
+        dist.all_gather_object(gathered, (images[: self.GRID], scores, values))
         images, scores, values = (torch.cat(parts) for parts in zip(*gathered, strict=True))
         return images[: self.GRID], scores, values
 

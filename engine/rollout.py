@@ -29,12 +29,13 @@ def rollout(
     micro_batch_size: int,
     device: torch.device,
     guided: bool = False,
+    finished: Callable[[Trajectory], None] = lambda part: None,
 ) -> Trajectory:
     """Draws one trajectory per prompt.
 
     table: float32 [K, 3] of `transitions`; timesteps: float32 [K]; sample_indices: int64 [N], global, which key the
     noise. The update later sees the same micro-batches, so that its probability ratio starts at exactly 1. N must be a
-    multiple of micro_batch_size there; here the last batch may be short.
+    multiple of micro_batch_size there; here the last batch may be short. `finished` is called with each micro-batch.
     """
     table, timesteps = table.to(device), timesteps.to(device)
     unconditional = encode([""], device) if guided else None
@@ -64,6 +65,7 @@ def rollout(
                 sample_indices=indices,
             )
         )
+        finished(parts[-1])
     return concatenate(parts)
 
 

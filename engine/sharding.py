@@ -46,6 +46,7 @@ def init_distributed() -> World:
     if not on_gpu:
         # Otherwise DeepSpeed compiles its shared-memory collectives at start: a minute, and a lock if interrupted.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # the last core decodes and scores: see scoring.py
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=None
     )

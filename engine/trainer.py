@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from . import reports
 from .actor_critic import ActorCritic
@@ -21,8 +20,9 @@ from .plan import describe_plan, measure
 from .prompt_cache import PromptCache
 from .prompts import PromptSampler, load_prompts
 from .reward_stats import RunningStandardizer
-from .rewards import build_rewards, check_prompts, score_all
+from .rewards import build_rewards, check_prompts
 from .rollout import rollout
+from .scoring import Scoring
 from .sharding import World, resolve_dtype, shard
 from .summary import summarize
 from .trajectory import Trajectory
@@ -82,15 +82,17 @@ class Trainer:
         pretraining = iteration < config.training.value_pretraining_iterations
         self.clock.read()
 
-        trajectory = self.sample(iteration)
+        scoring = Scoring(self.backbone, self.rewards)
+        trajectory = self.sample(iteration, scoring)
         sampled = time.perf_counter()
-        raw = self.score(trajectory)
+        raw = scoring.result()[1].to(self.world.device)
         scored = time.perf_counter()
 
         self.standardizer.update(raw)
         rewards = self.standardizer.standardize(raw)
-        values = trajectory.values[:, : self.trained]
-        advantages, returns = gae(rewards, values, config.algorithm.gamma, config.algorithm.lam)
+        values = trajectory.values[:, : trajectory.valued_steps]
+        advantages, _ = gae(rewards, values, config.algorithm.gamma, config.algorithm.lam)
+        _, returns = gae(rewards, values, config.algorithm.gamma, lam=1.0)  # a critic taught by itself drifts
         explained = explained_variance(values, returns).mean(1)
 
         order = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
@@ -100,7 +102,8 @@ class Trainer:
             update = self.updater.critic(trajectory, returns, unconditional, order, epochs)
         else:
             weights = torch.tensor([reward.weight for reward in self.rewards], device=self.world.device)
-            advantage = normalize(advantages, weights, config.algorithm.advantage_clip)
+            trained = advantages[:, : trajectory.trained_steps]
+            advantage = normalize(trained, weights, config.algorithm.advantage_clip)
             update = self.updater.ppo(trajectory, advantage, returns, unconditional, order)
             if config.training.critic_epochs:
                 self.updater.critic(trajectory, returns, unconditional, order, config.training.critic_epochs)
@@ -124,8 +127,8 @@ class Trainer:
             "overhead": (ended - began) / trunk,
         }
 
-    def sample(self, iteration: int) -> Trajectory:
-        """This rank's share of the iteration's rollouts."""
+    def sample(self, iteration: int, scoring: Scoring) -> Trajectory:
+        """This rank's share of the iteration's rollouts, handed to `scoring` as they end."""
         total = self.config.rollout.samples_per_iteration
         share = total // self.world.size
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
@@ -141,14 +144,8 @@ class Trainer:
             micro_batch_size=self.config.rollout.micro_batch_size,
             device=self.world.device,
             guided=self.guided,
+            finished=scoring.submit,
         )
-
-    def score(self, trajectory: Trajectory) -> Tensor:
-        """float32 [N, M]: raw rewards of the decoded pictures."""
-        size = self.config.rollout.micro_batch_size
-        images = torch.cat([self.backbone.decode(part).cpu() for part in trajectory.latents[:, -1].split(size)])
-        texts, metadata = zip(*((p.text, p.metadata) for p in trajectory.prompts), strict=True)
-        return score_all(self.rewards, images, texts, metadata).to(self.world.device)
 
     # -------------------------------------------------------------------------------------------------------- the run
 

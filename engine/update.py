@@ -37,8 +37,9 @@ class Updater:
     ) -> dict[str, float]:
         """`updates_per_iteration` steps on policy and critic, each on its own share of the samples.
 
-        advantages: [N, T]; returns: [N, T, M], T the trained steps. One loss and one backward per micro-batch: under
-        ZeRO-3 a forward takes no second one. Returns the means of the update's statistics over the iteration.
+        advantages: [N, T], T the trained steps; returns: [N, K, M], K the valued steps. One loss and one backward per
+        micro-batch: under ZeRO-3 a forward takes no second one. Returns the means of the update's statistics over the
+        iteration.
         """
         algorithm, log = self.config.algorithm, defaultdict(list)
         set_learning_rates(self.engine, self.config.optimizer.policy_lr, self.config.optimizer.critic_lr)
@@ -82,7 +83,7 @@ class Updater:
     ) -> dict[str, float]:
         """Passes over the samples that train the critic alone; the policy stays bit-identical.
 
-        Used for value pretraining, and after each PPO update so that the critic follows the policy.
+        Used for value pretraining, and after each PPO update so that the critic follows the policy. returns: [N, K, M].
         """
         log = defaultdict(list)
         set_learning_rates(self.engine, 0.0, self.config.optimizer.critic_lr)
@@ -90,7 +91,7 @@ class Updater:
             batches = self._batches(trajectory, order)
             share = len(batches) // self.config.training.updates_per_iteration
             for start in range(0, len(batches), share):
-                work = [(batch, k) for batch in batches[start : start + share] for k in range(trajectory.trained_steps)]
+                work = [(batch, k) for batch in batches[start : start + share] for k in range(trajectory.valued_steps)]
                 terms = []
                 for number, (batch, k) in enumerate(work):
                     prediction, values = self._forward(trajectory, batch, k, unconditional, number == len(work) - 1)

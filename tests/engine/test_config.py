@@ -254,6 +254,12 @@ ROLLOUT_KEYS = (
             id="no weight",
         ),
         pytest.param(
+            {"algorithm": {"lam": 0.5}, "training": {"critic_epochs": 0}},
+            "training.critic_epochs = 0: algorithm.lam = 0.5 needs 1 or more, since no other pass learns the value after "
+            "the last trained step",
+            id="bootstrapping from what is never learned",
+        ),
+        pytest.param(
             {"rollout": {"transition": "cps", "noise_level": 1.5}},
             'rollout.noise_level = 1.5: at most 1 for rollout.transition = "cps", whose std would exceed the noise '
             "that the latent holds",

@@ -94,23 +94,23 @@ def test_memory_of_the_training_state(plan, model, monkeypatch, stage, ranks, dt
 @pytest.mark.parametrize(
     "ranks, changes, length",
     [
-        # 12 micro-batches. Pretraining: 12 x 0.5 x (10 + 9 x 3) = 222 s, 5 times. PPO: 12 x (0.5 x (10 + 9 x 2)
-        # + 2 x 9) = 384 s, 30 times. Evaluations at 0, 10, 20, 30, 35: 13 micro-batches x 0.5 x (10 + 20) = 195 s.
-        # Together 1110 + 11520 + 975 = 13605 s.
-        (1, {}, "5 value-pretraining + 30 PPO iterations, about 3 h 47 min (384.0 s an iteration)"),
-        # Half the micro-batches; 50 prompts are 7 of 8. 555 + 5760 + 5 x 105 = 6840 s.
-        (2, {}, "5 value-pretraining + 30 PPO iterations, about 1 h 54 min (192.0 s an iteration)"),
-        # No pretraining; evaluated at 0 and at the end only: 11520 + 2 x 195 = 11910 s.
+        # 12 micro-batches. Pretraining: 12 x 0.5 x (10 + 10 x 3) = 240 s, 5 times. PPO: 12 x (0.5 x (10 + 10 x 2)
+        # + 2 x 9) = 396 s, 30 times. Evaluations at 0, 10, 20, 30, 35: 13 micro-batches x 0.5 x (10 + 20) = 195 s.
+        # Together 1200 + 11880 + 975 = 14055 s.
+        (1, {}, "5 value-pretraining + 30 PPO iterations, about 3 h 54 min (396.0 s an iteration)"),
+        # Half the micro-batches; 50 prompts are 7 of 8. 600 + 5940 + 5 x 105 = 7065 s.
+        (2, {}, "5 value-pretraining + 30 PPO iterations, about 1 h 58 min (198.0 s an iteration)"),
+        # No pretraining; evaluated at 0 and at the end only: 11880 + 2 x 195 = 12270 s.
         (
             1,
             {"training": {"value_pretraining_iterations": 0}, "evaluation": {"every": 0}},
-            "0 value-pretraining + 30 PPO iterations, about 3 h 18 min (384.0 s an iteration)",
+            "0 value-pretraining + 30 PPO iterations, about 3 h 24 min (396.0 s an iteration)",
         ),
-        # 30 is a multiple of 10: evaluated at 0, 10, 20, 30. 11520 + 4 x 195 = 12300 s.
+        # 30 is a multiple of 10: evaluated at 0, 10, 20, 30. 11880 + 4 x 195 = 12660 s.
         (
             1,
             {"training": {"value_pretraining_iterations": 0}},
-            "0 value-pretraining + 30 PPO iterations, about 3 h 25 min (384.0 s an iteration)",
+            "0 value-pretraining + 30 PPO iterations, about 3 h 31 min (396.0 s an iteration)",
         ),
     ],
 )

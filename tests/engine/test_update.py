@@ -19,7 +19,7 @@ from latent_critic.engine.update import Updater
 CPU = torch.device("cpu")
 PROMPTS = [Prompt(text) for text in ("a red circle", "two blue squares", "a green triangle", "a yellow circle")]
 NOISE_LEVELS = {"flow-sde": 0.7, "dance-sde": 0.3, "cps": 0.8}
-STEPS, TRAINED = 3, 2
+STEPS, TRAINED, VALUED = 4, 2, 3
 # ZeRO-3's hooks cost ten times what so small a model does: few samples, then. Two updates of two micro-batches each.
 SMALL = {"num_inference_steps": STEPS, "samples_per_iteration": 4, "micro_batch_size": 1}
 
@@ -29,8 +29,9 @@ def schedule(backbone, transition):
     sigmas = backbone.sigmas(STEPS)
     if transition == "ddim":
         alphas = torch.linspace(0.9999**0.5, 0.1, 1000) ** 2
-        return ddim_table(alphas, (999 * sigmas[:-1]).long(), 1.0, "v_prediction"), timestep_of(sigmas[:-1])
-    return build_table(transition, NOISE_LEVELS[transition], sigmas=sigmas), timestep_of(sigmas[:-1])
+        return ddim_table(alphas, (999 * sigmas[:-1]).long(), 1.0, "v_prediction", 1.0, TRAINED), timestep_of(sigmas[:-1])
+    table = build_table(transition, NOISE_LEVELS[transition], sigmas=sigmas, num_trained_steps=TRAINED)
+    return table, timestep_of(sigmas[:-1])
 
 
 class Run:
@@ -93,10 +94,10 @@ def start(tiny_config, tiny_model, world):
 
 
 def targets(trajectory, seed=0):
-    """Advantages [N, T] and returns [N, T, M] of order 1."""
+    """Advantages [N, T] of the trained and returns [N, K, M] of the valued steps, of order 1."""
     generator = torch.Generator().manual_seed(seed)
     count, steps = len(trajectory.latents), trajectory.trained_steps
-    returns = torch.randn(count, 1, 2, generator=generator).expand(-1, steps, -1)
+    returns = torch.randn(count, 1, 2, generator=generator).expand(-1, trajectory.valued_steps, -1)
     return torch.randn(count, steps, generator=generator), returns
 
 
@@ -135,25 +136,28 @@ class Reference:
         for update in range(updates):
             self.model.zero_grad()
             mine, total = batches[update * share : (update + 1) * share], []
+            steps = trajectory.trained_steps if train_policy else trajectory.valued_steps
             for i in mine:
                 batch = slice(i * size, (i + 1) * size)
-                for k in range(trajectory.trained_steps):
+                for k in range(steps):
                     z, z_next = trajectory.latents[batch, k], trajectory.latents[batch, k + 1]
                     t = trajectory.timesteps[k].expand(size)
                     v, values = self.model(z, t, rows(trajectory.conditioning, batch), unconditional)
-                    a, b, s = trajectory.table[k].tolist()
-                    log_prob = (
-                        (-((z_next - a * z - b * v) ** 2) / (2 * s**2) - math.log(s) - math.log(2 * math.pi) / 2)
-                        .flatten(1)
-                        .mean(1)
-                    )
-                    ratio = (log_prob - trajectory.log_probs[batch, k]).exp()
-                    clip, gain = config.algorithm.clip_range, advantages[batch, k]
-                    policy = -torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain).mean()
                     bound = config.algorithm.target_clip
-                    value = 0.5 * (values - returns[batch, k].clamp(-bound, bound)).square().mean()
-                    loss = policy + config.critic.value_coef * value if train_policy else value
-                    total.append(loss / (len(mine) * trajectory.trained_steps))
+                    loss = value = 0.5 * (values - returns[batch, k].clamp(-bound, bound)).square().mean()
+                    policy = torch.zeros(())
+                    if train_policy:
+                        a, b, s = trajectory.table[k].tolist()
+                        log_prob = (
+                            (-((z_next - a * z - b * v) ** 2) / (2 * s**2) - math.log(s) - math.log(2 * math.pi) / 2)
+                            .flatten(1)
+                            .mean(1)
+                        )
+                        ratio = (log_prob - trajectory.log_probs[batch, k]).exp()
+                        clip, gain = config.algorithm.clip_range, advantages[batch, k]
+                        policy = -torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain).mean()
+                        loss = policy + config.critic.value_coef * value
+                    total.append(loss / (len(mine) * steps))
                     losses.append((policy.item(), value.item()))
             sum(total).backward()
             if not train_policy:
@@ -238,7 +242,7 @@ def test_first_update_of_a_fresh_batch_has_ratio_one(start):
     run = start(rollout={"samples_per_iteration": 2})
     for transition in ("dance-sde", "ddim"):
         trajectory = run.sample(transition)
-        assert trajectory.trained_steps == TRAINED
+        assert (trajectory.trained_steps, trajectory.valued_steps) == (TRAINED, VALUED)
         run.clock.read()
         found = run.ppo(trajectory, *targets(trajectory))
         assert (found["first_ratio"], found["first_ratio_deviation"], found["first_clipfrac"]) == (1.0, 0.0, 0.0)
@@ -252,19 +256,19 @@ def test_critic_updates_leave_the_policy_alone(start, tiny_model):
     model = tiny_model(run.config)
     trajectory, unseen = run.sample(model=model), run.sample(model=model, first=100)
     label = torch.tensor([1.0, -1.0, 0.5, 0.0])  # by prompt
-    returns = torch.stack([label, -label], 1)[:, None].expand(-1, TRAINED, -1)
+    returns = torch.stack([label, -label], 1)[:, None].expand(-1, VALUED, -1)
     run.ppo(trajectory, targets(trajectory)[0], returns)  # so that there are moments to spoil
 
     @torch.no_grad()
     def unseen_error():
-        steps = [(unseen.latents[:, k], unseen.timesteps[k].expand(4), unseen.conditioning) for k in range(TRAINED)]
+        steps = [(unseen.latents[:, k], unseen.timesteps[k].expand(4), unseen.conditioning) for k in range(VALUED)]
         values = torch.stack([run.engine(*inputs)[1] for inputs in steps], 1)
         return (values - returns).square().mean().item()
 
     weights, policy, critic, error = run.weights(), moments(run.model.trunk), moments(run.model.critic), unseen_error()
     run.clock.read()
     losses = [run.critic(trajectory, returns, epochs=2, seed=seed)["value_loss"] for seed in range(2)]
-    assert len(run.clock._spans) == 2 * 2 * 2 * TRAINED  # forwards only
+    assert len(run.clock._spans) == 2 * 2 * 2 * VALUED  # forwards only
     after = run.weights()
     assert all(torch.equal(after[name], weights[name]) for name in after if name.startswith("trunk."))
     assert same(moments(run.model.trunk), policy) and all(bool(policy[key].any()) for key in policy if "to_k" in key[0])

@@ -1,0 +1,92 @@
+"""Scoring beside the rollout: the same scores in the same order, and what a reward raises."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from latent_critic.engine.errors import UserError
+from latent_critic.engine.prompts import Prompt
+from latent_critic.engine.rewards import ANY_VALUE, Reward
+from latent_critic.engine.scoring import Scoring
+
+PATIENCE = 60  # seconds until a thread that should have moved on counts as hanging
+
+
+class Pictures:
+    """A backbone that decodes a latent to a grey of its mean."""
+
+    def decode(self, latents):
+        return latents.mean((1, 2, 3)).to(torch.uint8)[:, None, None, None].expand(-1, 2, 2, 3)
+
+
+def part(*greys):
+    latents = torch.tensor(greys, dtype=torch.float32)[:, None, None, None, None].expand(-1, 3, 1, 4, 4).clone()
+    latents[:, :-1] = 200.0  # only the last latent is a picture
+    prompts = [Prompt(f"grey {grey}", {"grey": grey}) for grey in greys]
+    return SimpleNamespace(latents=latents, prompts=prompts)
+
+
+def reward(score):
+    return Reward(score.__name__, 1.0, ANY_VALUE, score, lambda prompt: None)
+
+
+def grey(images, prompts, metadata):
+    assert [m["grey"] for m in metadata] == [int(p.split()[1]) for p in prompts] == images[:, 0, 0, 0].tolist()
+    return images.float().mean((1, 2, 3))
+
+
+def twice(images, prompts, metadata):
+    return 2 * grey(images, prompts, metadata)
+
+
+def test_scores_come_in_the_order_of_the_samples():
+    scoring = Scoring(Pictures(), [reward(grey), reward(twice)])
+    for greys in ((3, 1), (4, 1, 5), (9,)):
+        scoring.submit(part(*greys))
+    images, scores = scoring.result()
+    assert images.shape == (6, 2, 2, 3) and images.dtype == torch.uint8
+    assert images[:, 0, 0, 0].tolist() == [3, 1, 4, 1, 5, 9]
+    assert scores.tolist() == [[x, 2 * x] for x in (3, 1, 4, 1, 5, 9)]
+
+
+def test_sampling_goes_on_while_a_reward_scores():
+    sampled = threading.Event()
+
+    def slow(images, prompts, metadata):
+        assert sampled.wait(PATIENCE), "submit() waited for the reward"
+        return grey(images, prompts, metadata)
+
+    scoring = Scoring(Pictures(), [reward(slow)])
+    scoring.submit(part(7))
+    sampled.set()
+    assert scoring.result()[1].tolist() == [[7]]
+
+
+def test_a_failing_reward_stops_the_run():
+    def broken(images, prompts, metadata):
+        raise RuntimeError("its model is gone")
+
+    scoring = Scoring(Pictures(), [reward(broken)])
+    scoring.submit(part(7))
+    with pytest.raises(UserError, match="'broken' failed on prompt 'grey 7'.*its model is gone"):
+        scoring.result()
+
+
+def test_the_trunk_keeps_its_threads():
+    before = torch.get_num_threads()
+    seen = []
+
+    def counting(images, prompts, metadata):
+        seen.append(torch.get_num_threads())
+        return grey(images, prompts, metadata)
+
+    torch.set_num_threads(2)
+    try:
+        scoring = Scoring(Pictures(), [reward(counting)])
+        scoring.submit(part(7))
+        scoring.result()
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)

@@ -189,6 +189,9 @@ class OptimizerConfig(_Section):
 
     policy_lr: float = Field(1e-4, gt=0, le=1, description="Learning rate of the policy (SD3.5-M 1e-4, SD1.5 1e-5)")
     critic_lr: float = Field(1e-3, gt=0, le=1, description="Learning rate of the critic heads, 10x the policy's")
+    lr_scheduler: Literal["constant", "linear"] = Field(
+        "constant", description="`linear`: both rates fall to 0 over the PPO iterations"
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.95), description="AdamW's decay rates of the first and second moment"
     )
@@ -213,7 +216,7 @@ class TrainingConfig(_Section):
         2,
         ge=0,
         description="Extra critic-only passes an iteration, so that the critic follows a moving policy; `lam` below 1 "
-        "needs one, which learns the value after the last trained step too",
+        "needs one, since only these learn the values of steps that are not trained",
     )
     checkpoint_every: int = Field(10, ge=1, description="Iterations between checkpoints")
 
@@ -289,8 +292,8 @@ class Config(_Section):
             )
         if self.algorithm.lam < 1 and self.training.critic_epochs == 0:
             mistakes.append(
-                f"training.critic_epochs = 0: algorithm.lam = {self.algorithm.lam} needs 1 or more, since no other pass "
-                "learns the value after the last trained step"
+                f"training.critic_epochs = 0: algorithm.lam = {self.algorithm.lam} needs 1 or more: no other pass "
+                "learns the values of steps that are not trained"
             )
         if not any(reward.weight for reward in self.rewards):
             mistakes.append("rewards: each weight is 0; give one reward or more another weight")

@@ -110,7 +110,7 @@ class Evaluator:
         )
 
     def _sample(self, model: Model, table: Tensor, timesteps: Tensor, guidance: float, rewards: list[Reward]):
-        """Images (first GRID), scores and learned values of all prompts, in their order, on every rank."""
+        """Images (first GRID), scores and values of all prompts, in their order, on every rank."""
         world = self.world
         padded = -(-len(self.prompts) // world.size)  # every rank takes as many, since ZeRO-3 gathers together
         indices = torch.arange(world.rank * padded, (world.rank + 1) * padded)
@@ -132,8 +132,7 @@ class Evaluator:
         )
         images, scores = scoring.result()
         gathered: list = [None] * world.size
-        values = trajectory.values[:, : trajectory.valued_steps].cpu()
-        dist.all_gather_object(gathered, (images[: self.GRID], scores, values))
+        dist.all_gather_object(gathered, (images[: self.GRID], scores, trajectory.values.cpu()))
         images, scores, values = (torch.cat(parts) for parts in zip(*gathered, strict=True))
         return images[: self.GRID], scores, values
 

@@ -72,9 +72,8 @@ def describe_plan(config: Config, world: World, model: ActorCritic, trained_step
     state = (policy + critic) * _state_bytes(dtype, stage, world.size)
     batches = rollout.samples_per_iteration // (rollout.micro_batch_size * world.size)
     steps = rollout.num_inference_steps
-    valued_steps = min(trained_steps + 1, steps)
-    pretraining = batches * cost.forward * (steps + valued_steps * training.value_pretraining_epochs)
-    critic_only = valued_steps * training.critic_epochs
+    pretraining = batches * cost.forward * steps * (1 + training.value_pretraining_epochs)
+    critic_only = steps * training.critic_epochs
     iteration = batches * (cost.forward * (steps + critic_only) + cost.training * trained_steps)
     length = training.value_pretraining_iterations + training.iterations
     evaluations = 1 + (-(-length // config.evaluation.every) if config.evaluation.every else 1)

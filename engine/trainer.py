@@ -90,7 +90,7 @@ class Trainer:
 
         self.standardizer.update(raw)
         rewards = self.standardizer.standardize(raw)
-        values = trajectory.values[:, : trajectory.valued_steps]
+        values = trajectory.values
         advantages, _ = gae(rewards, values, config.algorithm.gamma, config.algorithm.lam)
         _, returns = gae(rewards, values, config.algorithm.gamma, lam=1.0)  # a critic taught by itself drifts
         explained = explained_variance(values, returns).mean(1)
@@ -104,9 +104,11 @@ class Trainer:
             weights = torch.tensor([reward.weight for reward in self.rewards], device=self.world.device)
             trained = advantages[:, : trajectory.trained_steps]
             advantage = normalize(trained, weights, config.algorithm.advantage_clip)
-            update = self.updater.ppo(trajectory, advantage, returns, unconditional, order)
+            lr_scale = self._lr_scale(iteration)
+            update = self.updater.ppo(trajectory, advantage, returns, unconditional, order, lr_scale)
+            update["learning_rate"] = lr_scale * config.optimizer.policy_lr
             if config.training.critic_epochs:
-                self.updater.critic(trajectory, returns, unconditional, order, config.training.critic_epochs)
+                self.updater.critic(trajectory, returns, unconditional, order, config.training.critic_epochs, lr_scale)
         ended = time.perf_counter()
 
         mean, variance, count = mean_and_variance(raw, (0,))
@@ -217,6 +219,12 @@ class Trainer:
         self.store.save(self.engine, iteration, self.standardizer.state_dict())
         if self.world.is_main:
             reports.plot_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
+
+    def _lr_scale(self, iteration: int) -> float:
+        """What `optimizer.lr_scheduler` makes of the learning rates."""
+        training = self.config.training
+        done = (iteration - training.value_pretraining_iterations) / training.iterations
+        return 1.0 - done if self.config.optimizer.lr_scheduler == "linear" else 1.0
 
     def _micro_batch(self) -> tuple:
         """Inputs of one forward, for measuring."""

@@ -27,12 +27,6 @@ class Trajectory:
         """The leading steps with a likelihood; what follows them is deterministic."""
         return int((self.table[:, 2] > 0).sum())
 
-    @property
-    def valued_steps(self) -> int:
-        """The leading steps whose latents the critic learns: those trained, and the one that the last of them leads to,
-        from which GAE bootstraps."""
-        return min(self.trained_steps + 1, len(self.table))
-
 
 def concatenate(parts: list[Trajectory]) -> Trajectory:
     """Joins the micro-batches of one rollout."""

@@ -34,15 +34,16 @@ class Updater:
         returns: Tensor,
         unconditional: Conditioning | None,
         order: torch.Generator,
+        lr_scale: float = 1.0,
     ) -> dict[str, float]:
         """`updates_per_iteration` steps on policy and critic, each on its own share of the samples.
 
-        advantages: [N, T], T the trained steps; returns: [N, K, M], K the valued steps. One loss and one backward per
+        advantages: [N, T], T the trained steps; returns: [N, K, M] of all steps. One loss and one backward per
         micro-batch: under ZeRO-3 a forward takes no second one. Returns the means of the update's statistics over the
         iteration.
         """
-        algorithm, log = self.config.algorithm, defaultdict(list)
-        set_learning_rates(self.engine, self.config.optimizer.policy_lr, self.config.optimizer.critic_lr)
+        algorithm, optimizer, log = self.config.algorithm, self.config.optimizer, defaultdict(list)
+        set_learning_rates(self.engine, lr_scale * optimizer.policy_lr, lr_scale * optimizer.critic_lr)
         batches = self._batches(trajectory, order)
         share = len(batches) // self.config.training.updates_per_iteration
         for start in range(0, len(batches), share):
@@ -80,18 +81,19 @@ class Updater:
         unconditional: Conditioning | None,
         order: torch.Generator,
         epochs: int,
+        lr_scale: float = 1.0,
     ) -> dict[str, float]:
-        """Passes over the samples that train the critic alone; the policy stays bit-identical.
+        """Passes over the samples that train the critic alone, on every step; the policy stays bit-identical.
 
         Used for value pretraining, and after each PPO update so that the critic follows the policy. returns: [N, K, M].
         """
         log = defaultdict(list)
-        set_learning_rates(self.engine, 0.0, self.config.optimizer.critic_lr)
+        set_learning_rates(self.engine, 0.0, lr_scale * self.config.optimizer.critic_lr)
         for _ in range(epochs):
             batches = self._batches(trajectory, order)
             share = len(batches) // self.config.training.updates_per_iteration
             for start in range(0, len(batches), share):
-                work = [(batch, k) for batch in batches[start : start + share] for k in range(trajectory.valued_steps)]
+                work = [(batch, k) for batch in batches[start : start + share] for k in range(returns.shape[1])]
                 terms = []
                 for number, (batch, k) in enumerate(work):
                     prediction, values = self._forward(trajectory, batch, k, unconditional, number == len(work) - 1)

@@ -255,8 +255,8 @@ ROLLOUT_KEYS = (
         ),
         pytest.param(
             {"algorithm": {"lam": 0.5}, "training": {"critic_epochs": 0}},
-            "training.critic_epochs = 0: algorithm.lam = 0.5 needs 1 or more, since no other pass learns the value after "
-            "the last trained step",
+            "training.critic_epochs = 0: algorithm.lam = 0.5 needs 1 or more: no other pass learns the values of "
+            "steps that are not trained",
             id="bootstrapping from what is never learned",
         ),
         pytest.param(

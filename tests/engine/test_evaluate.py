@@ -175,7 +175,7 @@ def test_evaluation_of_a_model(make, gather_alone):
     torch.testing.assert_close(found.scores[:, 1].double(), floats[..., 2].mean((1, 2)), rtol=0, atol=2e-7)
     assert found.images[0].ne(found.images[3]).float().mean() > 0.5  # the prompt comes again with another seed
 
-    assert found.values.shape == found.returns.shape == (7, 3, 1)  # two trained, and what they lead to
+    assert found.values.shape == found.returns.shape == (7, 4, 1)  # of all steps
     assert found.values.std() > 0.02 and torch.equal(found.returns[:, 0], found.returns[:, 2])
     earned = found.returns[:, 0, 0] * 0.1 + 0.5
     assert bool(((earned > 0) & (earned < 1.25)).all()) and not torch.allclose(earned, found.scores[:, 0], atol=0.01)

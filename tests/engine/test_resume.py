@@ -34,7 +34,7 @@ def checkpoints(run_dir: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def story(tiny_pipeline, tmp_path_factory) -> Story:
     folder = tmp_path_factory.mktemp("resume")
-    config = tiny_runs.run_config(tiny_pipeline)
+    config = tiny_runs.run_config(tiny_pipeline, optimizer={"policy_lr": 1e-4, "lr_scheduler": "linear"})
     through = tiny_runs.train(tiny_runs.prepare(folder / "through", config))
     killed = tiny_runs.prepare(folder / "killed", config)
     story = Story(folder / "through" / "run", killed / "run")
@@ -62,6 +62,11 @@ def test_the_kills_came_where_they_should(story):
 
 def test_half_written_checkpoints_are_gone_at_the_end(story):
     assert checkpoints(story.killed) == checkpoints(story.through) == ["iteration-000002", "iteration-000004"]
+
+
+def test_learning_rates_fall_to_the_end(story):
+    found = [row["learning_rate"] for row in rows(story.killed) if row.get("phase") == "ppo"]
+    assert found == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3], rel=1e-12)
 
 
 def test_resumed_metrics_equal_the_uninterrupted_ones(story):

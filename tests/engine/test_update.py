@@ -19,7 +19,7 @@ from latent_critic.engine.update import Updater
 CPU = torch.device("cpu")
 PROMPTS = [Prompt(text) for text in ("a red circle", "two blue squares", "a green triangle", "a yellow circle")]
 NOISE_LEVELS = {"flow-sde": 0.7, "dance-sde": 0.3, "cps": 0.8}
-STEPS, TRAINED, VALUED = 4, 2, 3
+STEPS, TRAINED = 3, 2
 # ZeRO-3's hooks cost ten times what so small a model does: few samples, then. Two updates of two micro-batches each.
 SMALL = {"num_inference_steps": STEPS, "samples_per_iteration": 4, "micro_batch_size": 1}
 
@@ -94,10 +94,10 @@ def start(tiny_config, tiny_model, world):
 
 
 def targets(trajectory, seed=0):
-    """Advantages [N, T] of the trained and returns [N, K, M] of the valued steps, of order 1."""
+    """Advantages [N, T] of the trained and returns [N, K, M] of all steps, of order 1."""
     generator = torch.Generator().manual_seed(seed)
     count, steps = len(trajectory.latents), trajectory.trained_steps
-    returns = torch.randn(count, 1, 2, generator=generator).expand(-1, trajectory.valued_steps, -1)
+    returns = torch.randn(count, 1, 2, generator=generator).expand(-1, STEPS, -1)
     return torch.randn(count, steps, generator=generator), returns
 
 
@@ -136,7 +136,7 @@ class Reference:
         for update in range(updates):
             self.model.zero_grad()
             mine, total = batches[update * share : (update + 1) * share], []
-            steps = trajectory.trained_steps if train_policy else trajectory.valued_steps
+            steps = trajectory.trained_steps if train_policy else STEPS
             for i in mine:
                 batch = slice(i * size, (i + 1) * size)
                 for k in range(steps):
@@ -242,9 +242,10 @@ def test_first_update_of_a_fresh_batch_has_ratio_one(start):
     run = start(rollout={"samples_per_iteration": 2})
     for transition in ("dance-sde", "ddim"):
         trajectory = run.sample(transition)
-        assert (trajectory.trained_steps, trajectory.valued_steps) == (TRAINED, VALUED)
+        assert trajectory.trained_steps == TRAINED
         run.clock.read()
-        found = run.ppo(trajectory, *targets(trajectory))
+        found = run.updater.ppo(trajectory, *targets(trajectory), None, torch.Generator(), lr_scale=0.5)
+        assert [group["lr"] for group in run.engine.optimizer.param_groups] == [0.5e-4, 0.5e-3]
         assert (found["first_ratio"], found["first_ratio_deviation"], found["first_clipfrac"]) == (1.0, 0.0, 0.0)
         assert found["ratio_max_deviation"] > 0  # the second update sees what the first has changed
         assert len(run.clock._spans) == 2 * 2 * TRAINED  # a forward and a backward of each micro-batch and step
@@ -256,19 +257,19 @@ def test_critic_updates_leave_the_policy_alone(start, tiny_model):
     model = tiny_model(run.config)
     trajectory, unseen = run.sample(model=model), run.sample(model=model, first=100)
     label = torch.tensor([1.0, -1.0, 0.5, 0.0])  # by prompt
-    returns = torch.stack([label, -label], 1)[:, None].expand(-1, VALUED, -1)
+    returns = torch.stack([label, -label], 1)[:, None].expand(-1, STEPS, -1)
     run.ppo(trajectory, targets(trajectory)[0], returns)  # so that there are moments to spoil
 
     @torch.no_grad()
     def unseen_error():
-        steps = [(unseen.latents[:, k], unseen.timesteps[k].expand(4), unseen.conditioning) for k in range(VALUED)]
+        steps = [(unseen.latents[:, k], unseen.timesteps[k].expand(4), unseen.conditioning) for k in range(STEPS)]
         values = torch.stack([run.engine(*inputs)[1] for inputs in steps], 1)
         return (values - returns).square().mean().item()
 
     weights, policy, critic, error = run.weights(), moments(run.model.trunk), moments(run.model.critic), unseen_error()
     run.clock.read()
     losses = [run.critic(trajectory, returns, epochs=2, seed=seed)["value_loss"] for seed in range(2)]
-    assert len(run.clock._spans) == 2 * 2 * 2 * VALUED  # forwards only
+    assert len(run.clock._spans) == 2 * 2 * 2 * STEPS  # forwards only
     after = run.weights()
     assert all(torch.equal(after[name], weights[name]) for name in after if name.startswith("trunk."))
     assert same(moments(run.model.trunk), policy) and all(bool(policy[key].any()) for key in policy if "to_k" in key[0])

@@ -321,10 +321,8 @@ def pause_before_the_first_checkpoint_is_renamed() -> None:
 def pause_in_the_last_iteration() -> None:
     from latent_critic.engine.trainer import Trainer
 
-    update = Trainer.score
-    Trainer.score = lambda self, trajectory: (
-        pause() if trajectory.sample_indices[0] == 3 * 4 else update(self, trajectory)
-    )
+    iterate = Trainer.iterate
+    Trainer.iterate = lambda self, iteration: pause() if iteration == 3 else iterate(self, iteration)
 
 
 def pause_in_the_middle_of_the_last_checkpoint() -> None:

@@ -165,9 +165,8 @@ class AlgorithmConfig(_Section):
         1.0,
         ge=0,
         le=1,
-        description="lambda of the policy's GAE; 1 compares with what the sample earned (arXiv 2605.27736), less trusts "
-        "the critic's next value instead: less noise, if the critic explains something. The critic always learns what "
-        "was earned",
+        description="lambda of the policy's GAE; 1 compares with what the sample earned (arXiv 2605.27736), less with "
+        "the critic's later values: less noise, if they explain something. The critic always learns what was earned",
     )
     advantage_clip: float = Field(10.0, gt=0, description="Bound of a normalised advantage, in standard deviations")
     target_clip: float = Field(5.0, gt=0, description="Bound of a value target, in standard deviations of the reward")

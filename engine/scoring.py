@@ -27,7 +27,7 @@ class Scoring:
         self._parts.append(self._thread.submit(self._score, part))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Waits: uint8 [N, H, W, 3] pictures and float32 [N, M] raw rewards, on the CPU. Raises what a reward raised."""
+        """Waits for all: uint8 [N, H, W, 3] pictures, float32 [N, M] raw rewards. Raises what a reward raised."""
         self._thread.shutdown()
         images, scores = zip(*(part.result() for part in self._parts), strict=True)
         return torch.cat(images), torch.cat(scores)

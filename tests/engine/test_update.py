@@ -29,9 +29,8 @@ def schedule(backbone, transition):
     sigmas = backbone.sigmas(STEPS)
     if transition == "ddim":
         alphas = torch.linspace(0.9999**0.5, 0.1, 1000) ** 2
-        return ddim_table(alphas, (999 * sigmas[:-1]).long(), 1.0, "v_prediction", 1.0, TRAINED), timestep_of(sigmas[:-1])
-    table = build_table(transition, NOISE_LEVELS[transition], sigmas=sigmas, num_trained_steps=TRAINED)
-    return table, timestep_of(sigmas[:-1])
+        return ddim_table(alphas, (999 * sigmas[:-1]).long(), 1.0, "v_prediction"), timestep_of(sigmas[:-1])
+    return build_table(transition, NOISE_LEVELS[transition], sigmas=sigmas), timestep_of(sigmas[:-1])
 
 
 class Run:

@@ -1,39 +1,56 @@
 """The latent critic: value heads on the trunk's own features (arXiv 2605.27736).
 
 Per tapped block the image tokens are normalised, modulated by the timestep (AdaLN) and pooled by learned queries; the
-pooled tokens of all taps go through one MLP per reward.  Legend: B samples, N tokens, D trunk width, d critic width,
-M rewards.
+pooled tokens of all taps go through one MLP per reward. Legend: T taps, B samples, N tokens, D trunk width, d critic
+width, M rewards. LayerNorms have no weights of their own: what follows each of them is linear.
 """
+
+from collections.abc import Sequence
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..kernels.critic_pool import critic_pool
 
 
-class TapPool(nn.Module):
-    """One tap: LayerNorm -> timestep modulation -> attention pooling -> feed-forward; [B, N, D] -> [B, d]."""
+class StackedLinear(nn.Module):
+    """`count` linear layers at once: [count, B, inputs] -> [count, B, outputs]."""
 
-    def __init__(self, width: int, dim: int, num_heads: int):
+    def __init__(self, count: int, inputs: int, outputs: int):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(num_heads, dim // num_heads))
-        self.key_weight = nn.Parameter(torch.empty(dim, width))
-        self.value_weight = nn.Parameter(torch.empty(dim, width))
-        nn.init.xavier_uniform_(self.key_weight)
-        nn.init.xavier_uniform_(self.value_weight)
-        self.modulation = nn.Linear(dim, 2 * width)
+        bound = inputs**-0.5  # as in nn.Linear
+        self.weight = nn.Parameter(torch.empty(count, outputs, inputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(count, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight.mT)
+
+
+class TapPools(nn.Module):
+    """Every tap: LayerNorm -> timestep modulation -> attention pooling -> feed-forward; T x [B, N, D] -> [T, B, d].
+
+    The taps' weights are stacked: sharding costs by the tensor, whatever its size.
+    """
+
+    def __init__(self, num_taps: int, width: int, dim: int, num_heads: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(num_taps, num_heads, dim // num_heads))
+        bound = (6.0 / (dim + width)) ** 0.5  # Xavier's
+        self.key_weight = nn.Parameter(torch.empty(num_taps, dim, width).uniform_(-bound, bound))
+        self.value_weight = nn.Parameter(torch.empty(num_taps, dim, width).uniform_(-bound, bound))
+        self.modulation = StackedLinear(num_taps, dim, 2 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim)
-        )
+        self.expand, self.contract = StackedLinear(num_taps, dim, 4 * dim), StackedLinear(num_taps, 4 * dim, dim)
 
-    def forward(self, tokens: Tensor, time_embedding: Tensor) -> Tensor:
-        scale, shift = self.modulation(time_embedding).chunk(2, dim=-1)
-        pooled = critic_pool(tokens, self.query, self.key_weight, self.value_weight, scale, shift)
-        pooled = pooled.to(tokens.dtype)
-        return pooled + self.feed_forward(pooled)
+    def forward(self, features: Sequence[Tensor], time_embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(time_embedding.expand(len(features), -1, -1)).chunk(2, dim=-1)
+        weights = (self.query, self.key_weight, self.value_weight, scale, shift)
+        pooled = torch.stack([critic_pool(*tap) for tap in zip(features, *weights, strict=True)]).to(features[0].dtype)
+        hidden = functional.layer_norm(pooled, pooled.shape[-1:])
+        return pooled + self.contract(functional.gelu(self.expand(hidden), approximate="tanh"))
 
 
 class Critic(nn.Module):
@@ -47,8 +64,7 @@ class Critic(nn.Module):
         self.timestep_adaln = timestep_adaln
         self.sinusoid = Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(128, dim)
-        self.taps = nn.ModuleList(TapPool(width, dim, num_heads) for _ in range(num_taps))
-        self.norm = nn.LayerNorm(num_taps * dim)
+        self.taps = TapPools(num_taps, width, dim, num_heads)
         self.heads = nn.ModuleList(
             nn.Sequential(nn.Linear(num_taps * dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, 1))
             for _ in range(num_rewards)
@@ -60,7 +76,7 @@ class Critic(nn.Module):
     def forward(self, *features: Tensor, timesteps: Tensor) -> Tensor:
         """features: one [B, N, D] per tap; timesteps: float32 [B]."""
         steps = timesteps if self.timestep_adaln else torch.zeros_like(timesteps)
-        time = nn.functional.silu(self.time_embedding(self.sinusoid(steps).to(features[0].dtype)))
-        pooled = torch.cat([tap(tokens, time) for tap, tokens in zip(self.taps, features, strict=True)], dim=-1)
-        pooled = self.norm(pooled)
+        time = functional.silu(self.time_embedding(self.sinusoid(steps).to(features[0].dtype)))
+        pooled = torch.cat(self.taps(features, time).unbind(), dim=-1)
+        pooled = functional.layer_norm(pooled, pooled.shape[-1:])
         return torch.cat([head(pooled) for head in self.heads], dim=-1).float()

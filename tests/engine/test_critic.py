@@ -44,14 +44,19 @@ def test_values_are_the_formula():
         sinusoid = torch.cat([angle.cos(), angle.sin()])
         embedding = critic.time_embedding
         time = F.silu(embedding.linear_2(F.silu(embedding.linear_1(sinusoid))))
-        pooled = []
-        for tap, tokens in zip(critic.taps, features, strict=True):
-            scale, shift = tap.modulation(time).chunk(2)
+        pooled, taps = [], critic.taps
+        for n, tokens in enumerate(features):
+
+            def linear(layer, x, n=n):
+                return layer.weight[n] @ x + layer.bias[n, 0]
+
+            scale, shift = linear(taps.modulation, time).chunk(2)
             x = F.layer_norm(tokens[i], (WIDTH,), eps=1e-6) * (1 + scale) + shift
-            scores = (x @ tap.key_weight.T) @ tap.query[0] / 16**0.5
-            read = scores.softmax(0) @ (x @ tap.value_weight.T)
-            pooled.append(read + tap.feed_forward(read))
-        pooled = critic.norm(torch.cat(pooled))
+            scores = (x @ taps.key_weight[n].T) @ taps.query[n, 0] / 16**0.5
+            read = scores.softmax(0) @ (x @ taps.value_weight[n].T)
+            hidden = linear(taps.expand, F.layer_norm(read, (16,)))
+            pooled.append(read + linear(taps.contract, F.gelu(hidden, approximate="tanh")))
+        pooled = F.layer_norm(torch.cat(pooled), (32,))
         expected[i] = torch.cat([head(pooled) for head in critic.heads])
     # Sums of at most 128 products of order 1 in another order, five layers deep.
     torch.testing.assert_close(critic(*features, timesteps=timesteps), expected, rtol=2e-5, atol=2e-5)

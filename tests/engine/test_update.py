@@ -179,8 +179,8 @@ MUST_MOVE = (
     "trunk.context_embedder.weight",
     "trunk.transformer_blocks.1.attn.to_k.weight",
     "trunk.transformer_blocks.2.norm1.linear.bias",
-    "critic.taps.0.query",
-    "critic.taps.1.value_weight",
+    "critic.taps.query",
+    "critic.taps.value_weight",
     "critic.heads.0.0.weight",
 )
 CASES = {

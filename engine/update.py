@@ -26,6 +26,10 @@ class Updater:
     def __init__(self, engine: DeepSpeedEngine, config: Config, world: World, clock: TrunkClock):
         self.engine, self.config, self.world, self.clock = engine, config, world, clock
         self.size = config.rollout.micro_batch_size
+        # A pass without the trunk's gradient keeps one block's activations, a training pass every block's (or with
+        # checkpointing their inputs): so many steps of a sample at once need no more memory.
+        depth = engine.module.backbone.depth
+        self.steps_at_once = max(1, depth // 8) if config.model.gradient_checkpointing else depth
 
     def ppo(
         self,
@@ -50,16 +54,17 @@ class Updater:
             work = [(batch, k) for batch in batches[start : start + share] for k in range(trajectory.trained_steps)]
             terms = []
             for number, (batch, k) in enumerate(work):
-                prediction, values = self._forward(trajectory, batch, k, unconditional, number == len(work) - 1)
+                steps, is_last = slice(k, k + 1), number == len(work) - 1
+                prediction, values = self._forward(trajectory, batch, steps, unconditional, is_last)
                 z, z_next = trajectory.latents[batch, k], trajectory.latents[batch, k + 1]
                 log_prob = transition_log_prob(prediction, z, z_next, trajectory.table, k)
                 actor, statistics = policy_loss(
                     log_prob, trajectory.log_probs[batch, k], advantages[batch, k], algorithm.clip_range
                 )
-                critic, _ = self._value_loss(values, trajectory, returns, batch, k)
+                critic = self._value_loss(values, trajectory, returns, batch, steps)
                 self._backward((actor + self.config.critic.value_coef * critic) / len(work), prediction)
                 terms.append(torch.stack([actor.detach(), critic.detach(), *statistics]))
-            self._step(torch.stack(terms), work, log)
+            self._step(torch.stack(terms), [f"step {k}" for _, k in work], log)
         names = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "old_approx_kl", "clipfrac")
         table = torch.stack(log["terms"])  # [updates, micro-batches, statistics]
         means = _mean_over_ranks(table.mean((0, 1)))
@@ -86,21 +91,26 @@ class Updater:
         """Passes over the samples that train the critic alone, on every step; the policy stays bit-identical.
 
         Used for value pretraining, and after each PPO update so that the critic follows the policy. returns: [N, K, M].
+        Several steps of a sample share a forward: there is no ratio here that another batch shape could disturb.
         """
+        count = returns.shape[1]
+        parts = -(-count // self.steps_at_once)
+        spans = [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
         log = defaultdict(list)
         set_learning_rates(self.engine, 0.0, lr_scale * self.config.optimizer.critic_lr)
         for _ in range(epochs):
             batches = self._batches(trajectory, order)
             share = len(batches) // self.config.training.updates_per_iteration
             for start in range(0, len(batches), share):
-                work = [(batch, k) for batch in batches[start : start + share] for k in range(returns.shape[1])]
+                work = [(batch, steps) for batch in batches[start : start + share] for steps in spans]
                 terms = []
-                for number, (batch, k) in enumerate(work):
-                    prediction, values = self._forward(trajectory, batch, k, unconditional, number == len(work) - 1)
-                    critic, _ = self._value_loss(values, trajectory, returns, batch, k)
+                for number, (batch, steps) in enumerate(work):
+                    prediction, values = self._forward(trajectory, batch, steps, unconditional, number == len(work) - 1)
+                    critic = self._value_loss(values, trajectory, returns, batch, steps)
+                    critic = critic * (steps.stop - steps.start) * parts / count  # each step weighs the same
                     self._backward(critic / len(work), prediction)
                     terms.append(torch.stack([torch.zeros_like(critic), critic.detach()]))
-                self._step(torch.stack(terms), work, log)
+                self._step(torch.stack(terms), [f"steps {s.start} to {s.stop - 1}" for _, s in work], log)
         losses = _mean_over_ranks(torch.stack(log["terms"]).mean((0, 1)))
         return {"value_loss": losses[1].item(), "grad_norm/critic": sum(log["critic"]) / len(log["critic"])}
 
@@ -109,35 +119,40 @@ class Updater:
         shuffled = torch.randperm(count, generator=order).tolist()
         return [slice(i * self.size, (i + 1) * self.size) for i in shuffled]
 
-    def _forward(self, trajectory, batch: slice, k: int, unconditional, is_last: bool) -> tuple[Tensor, Tensor]:
+    def _forward(self, trajectory, batch: slice, steps: slice, unconditional, is_last: bool) -> tuple[Tensor, Tensor]:
+        """Prediction [B n, C, H, W] and values [B, n, M] of n steps of B samples."""
         self.engine.set_gradient_accumulation_boundary(is_last)
-        z = trajectory.latents[batch, k]
-        timesteps = trajectory.timesteps[k].expand(len(z))
-        return self.engine(z, timesteps, rows(trajectory.conditioning, batch), unconditional)
+        z, count = trajectory.latents[batch, steps], steps.stop - steps.start
+        conditioning = rows(trajectory.conditioning, batch)
+        conditioning = {name: tensor.repeat_interleave(count, 0) for name, tensor in conditioning.items()}
+        timesteps = trajectory.timesteps[steps].repeat(len(z))
+        prediction, values = self.engine(z.flatten(0, 1), timesteps, conditioning, unconditional)
+        return prediction, values.unflatten(0, (-1, count))
 
-    def _value_loss(self, values, trajectory, returns, batch: slice, k: int):
+    def _value_loss(self, values, trajectory, returns, batch: slice, steps: slice) -> Tensor:
         algorithm = self.config.algorithm
-        return value_loss(
+        loss, _ = value_loss(
             values,
-            returns[batch, k],
-            trajectory.values[batch, k] if algorithm.value_clip_range else None,
+            returns[batch, steps],
+            trajectory.values[batch, steps] if algorithm.value_clip_range else None,
             algorithm.value_clip_range,
             algorithm.target_clip,
         )
+        return loss
 
     def _backward(self, loss: Tensor, prediction: Tensor) -> None:
         self.clock.watch_backward(prediction)
         self.engine.backward(loss)
         self.clock.backward_done()
 
-    def _step(self, terms: Tensor, work: list, log: dict) -> None:
+    def _step(self, terms: Tensor, places: list[str], log: dict) -> None:
         """One optimizer step, unless a loss of its micro-batches is not finite. terms: [micro-batches, statistics]."""
         bad = (~torch.isfinite(terms[:, :2])).nonzero()
         if len(bad):
             number, term = bad[0].tolist()
             raise TrainingError(
-                f"the {('policy', 'value')[term]} loss is not finite at denoising step {work[number][1]}; this update "
-                "was not applied. Lower optimizer.policy_lr and optimizer.critic_lr, or algorithm.clip_range, and go "
+                f"the {('policy', 'value')[term]} loss is not finite at denoising {places[number]}; this update was "
+                "not applied. Lower optimizer.policy_lr and optimizer.critic_lr, or algorithm.clip_range, and go "
                 "on from the last checkpoint with --resume auto"
             )
         module = self.engine.module

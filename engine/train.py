@@ -8,6 +8,11 @@ import time
 import warnings
 from pathlib import Path
 
+LESS_MEMORY = (
+    "Lower rollout.micro_batch_size, or set model.gradient_checkpointing=true; --resume auto then goes on from the "
+    "newest checkpoint"
+)
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,6 +40,7 @@ def main() -> None:
     try:
         config = load_config(args.config, args.set)
         run_dir = run_folder.choose(config.output_dir, args.resume)
+        import torch
         from diffusers.utils.logging import disable_progress_bar
         from torch.distributed import destroy_process_group
 
@@ -43,7 +49,10 @@ def main() -> None:
 
         disable_progress_bar()  # of loading, which has no variable of the environment
         world = init_distributed()
-        Trainer(config, world, run_dir).run()
+        try:
+            Trainer(config, world, run_dir).run()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{str(error).splitlines()[0]} {LESS_MEMORY}") from error
         destroy_process_group()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":

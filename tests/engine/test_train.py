@@ -89,6 +89,27 @@ def test_plain_python(tiny_pipeline, tmp_path):
     assert json.loads((folder / "elsewhere" / "config.json").read_text())["evaluation"]["num_prompts"] == 2
 
 
+def test_control_c_says_how_to_go_on(tiny_pipeline, tmp_path):
+    run = tiny_runs.train(
+        tiny_runs.prepare(tmp_path, tiny_runs.run_config(tiny_pipeline)), patch="pause_in_the_last_iteration"
+    )
+    assert run.interrupt() == [130]
+    assert run.stderr().endswith("\nstopped; --resume auto goes on from the newest checkpoint\n")
+    assert "Traceback" not in run.stderr()
+    assert (tmp_path / "run" / "checkpoints" / "iteration-000002").is_dir()
+
+
+def test_out_of_memory_says_what_to_lower(tiny_pipeline, tmp_path):
+    run = tiny_runs.train(
+        tiny_runs.prepare(tmp_path, tiny_runs.run_config(tiny_pipeline)), patch="out_of_memory_in_the_last_iteration"
+    )
+    assert run.wait() == [2]
+    assert run.stderr().splitlines()[-1] == (
+        "error: CUDA out of memory. Tried to allocate 1.00 TiB. Lower rollout.micro_batch_size, or set "
+        "model.gradient_checkpointing=true; --resume auto then goes on from the newest checkpoint"
+    )
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 

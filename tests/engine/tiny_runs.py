@@ -118,15 +118,21 @@ class Run:
 
     def kill(self) -> None:
         """kill -9 where `pause` holds it."""
+        assert set(self._signal(signal.SIGKILL)) == {-signal.SIGKILL}
+
+    def interrupt(self) -> list[int]:
+        """Ctrl-C where `pause` holds it; exit codes by rank."""
+        return self._signal(signal.SIGINT)
+
+    def _signal(self, number: signal.Signals) -> list[int]:
         deadline = time.monotonic() + PATIENCE
         while not self._paused.exists():
             assert self.processes[0].is_alive(), f"ended before its pause\n{self.stderr()}"
             assert time.monotonic() < deadline, f"never came to its pause\n{self.stderr()}"
             time.sleep(0.02)
         for process in self.processes:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
+            os.kill(process.pid, number)
+        return self.wait()
 
     def stdout(self, rank: int = 0) -> str:
         return (self.folder / f"stdout-{rank}.txt").read_text()
@@ -323,6 +329,19 @@ def pause_in_the_last_iteration() -> None:
 
     iterate = Trainer.iterate
     Trainer.iterate = lambda self, iteration: pause() if iteration == 3 else iterate(self, iteration)
+
+
+def out_of_memory_in_the_last_iteration() -> None:
+    import torch
+
+    from latent_critic.engine.trainer import Trainer
+
+    def fail(self, iteration):
+        if iteration == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB.\nMore about it.")
+        return iterate(self, iteration)
+
+    iterate, Trainer.iterate = Trainer.iterate, fail
 
 
 def pause_in_the_middle_of_the_last_checkpoint() -> None:

@@ -33,6 +33,7 @@ class Scoring:
         return torch.cat(images), torch.cat(scores)
 
     def _score(self, part: Trajectory) -> tuple[Tensor, Tensor]:
-        images = self._backbone.decode(part.latents[:, -1]).cpu()
+        with torch.cuda.device_of(part.latents):  # a thread of its own starts at device 0
+            images = self._backbone.decode(part.latents[:, -1]).cpu()
         texts, metadata = zip(*((p.text, p.metadata) for p in part.prompts), strict=True)
         return images, score_all(self._rewards, images, texts, metadata)

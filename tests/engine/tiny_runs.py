@@ -236,13 +236,15 @@ def train_and_look(config: dict, plain: bool) -> None:
     from latent_critic.engine.checkpoint import export
     from latent_critic.engine.config import Config
     from latent_critic.engine.rollout import rollout
+    from latent_critic.engine.scoring import Scoring
     from latent_critic.engine.transitions import ode_table
 
     if plain:
         trainer.shard = PlainEngine
     world = sharding.init_distributed()
     run = trainer.Trainer(Config.model_validate_json(json.dumps(config)), world, Path("run"))
-    seen = {"initial": sharding.gather_state(run.model, world), "rollout": run.sample(0).latents, "rows": []}
+    drawn = run.sample(0, Scoring(run.backbone, run.rewards))
+    seen = {"initial": sharding.gather_state(run.model, world), "rollout": drawn.latents, "rows": []}
     for iteration in range(config["training"]["value_pretraining_iterations"] + config["training"]["iterations"]):
         seen["rows"].append(run.iterate(iteration))
     seen["final"] = sharding.gather_state(run.model, world)

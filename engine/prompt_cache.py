@@ -1,4 +1,4 @@
-"""Each prompt is encoded once: text encoders run on new prompts only."""
+"""Prompts are encoded once, as long as memory allows: text encoders run on new prompts only."""
 
 from collections.abc import Sequence
 
@@ -8,25 +8,30 @@ from .backbones.base import Backbone, Conditioning
 
 
 class PromptCache:
-    """Conditioning by prompt text, kept in float32 on the CPU.
+    """Conditioning by prompt text, kept in float32 on the CPU; beyond `max_bytes` the longest unused ones go.
 
     Texts are encoded `batch_size` at a time, the last batch filled up with repeats: matrix products of another shape
     round differently, and then a text's last bits would depend on what was asked before, and on whether a run was
     resumed.
     """
 
-    def __init__(self, backbone: Backbone, batch_size: int = 8):
+    def __init__(self, backbone: Backbone, batch_size: int = 8, max_bytes: int = 4 * 2**30):
         self._backbone = backbone
         self._batch_size = batch_size
+        self._max_bytes = max_bytes
         self._rows: dict[str, Conditioning] = {}
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> Conditioning:
         """Conditioning of `texts` in their order, on `device`."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        found = {text: self._rows.pop(text) for text in dict.fromkeys(texts) if text in self._rows}
+        missing = [text for text in dict.fromkeys(texts) if text not in found]
         for start in range(0, len(missing), self._batch_size):
             part = missing[start : start + self._batch_size]
             encoded = self._backbone.encode_prompts(part + part[-1:] * (self._batch_size - len(part)))
             for row, text in enumerate(part):
-                self._rows[text] = {name: tensor[row].to("cpu", copy=True) for name, tensor in encoded.items()}
-        first = self._rows[texts[0]]
-        return {name: torch.stack([self._rows[text][name] for text in texts]).to(device) for name in first}
+                found[text] = {name: tensor[row].to("cpu", copy=True) for name, tensor in encoded.items()}
+        self._rows |= found  # at the end, as the last ones used
+        first = found[texts[0]]
+        while sum(tensor.nbytes for tensor in first.values()) * len(self._rows) > self._max_bytes:
+            del self._rows[next(iter(self._rows))]
+        return {name: torch.stack([found[text][name] for text in texts]).to(device) for name in first}

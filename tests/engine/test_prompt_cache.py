@@ -47,6 +47,25 @@ def test_each_text_is_encoded_once(backbone):
     assert all(len(batch) == 4 for batch in counting.asked)
 
 
+def test_what_was_not_used_for_longest_goes_first(backbone):
+    row = sum(tensor.nbytes for tensor in PromptCache(backbone)(TEXTS[:1], CPU).values())
+    counting = Counting(backbone)
+    encode = PromptCache(counting, max_bytes=3 * row)
+    whole = PromptCache(backbone)(TEXTS, CPU)
+    for texts, encoded in (
+        (TEXTS[:3], 3),
+        (TEXTS[:1], 0),
+        (TEXTS[3:4], 1),
+        (TEXTS[:1], 0),
+        (TEXTS[1:2], 1),
+        (TEXTS, 6),
+    ):
+        before = len(counting.distinct)
+        found = encode(texts, CPU)
+        assert len(counting.distinct) - before == encoded
+        assert equal(found, {n: torch.stack([t[TEXTS.index(x)] for x in texts]) for n, t in whole.items()})
+
+
 def test_equals_direct_encoding_in_order(backbone):
     texts = [TEXTS[4], TEXTS[0], TEXTS[4], ""]
     found = PromptCache(backbone)(texts, CPU)

@@ -30,7 +30,8 @@ class ActorCritic(nn.Module):
                 f'use "auto" ({backbone.default_taps()}) or list some of them'
             )
         taps, rewards = len(self.tap_indices), len(reward_names)
-        self.critic = Critic(backbone.width, taps, rewards, config.dim, config.num_heads, config.timestep_adaln)
+        widths = backbone.width, backbone.text_width
+        self.critic = Critic(*widths, taps, rewards, config.dim, config.num_heads, config.timestep_adaln)
         self._features: dict[int, Tensor] = {}
         for index in self.tap_indices:
             self._watch(index)
@@ -60,7 +61,7 @@ class ActorCritic(nn.Module):
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         dtype = next(self.trunk.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
-        inputs, steps = latents.to(dtype), timesteps
+        inputs, steps, pooled_text = latents.to(dtype), timesteps, self.backbone.pooled_text(conditioning)
         if guidance > 1:
             conditioning = {
                 name: torch.cat([unconditional[name].to(dtype).expand_as(tensor), tensor])
@@ -75,4 +76,4 @@ class ActorCritic(nn.Module):
             features = [tokens.chunk(2)[1] for tokens in features]
         if self.detach:
             features = [tokens.detach() for tokens in features]
-        return prediction, self.critic(*features, timesteps=timesteps)
+        return prediction, self.critic(*features, timesteps=timesteps, pooled_text=pooled_text)

@@ -1,14 +1,16 @@
 """The latent critic: value heads on the trunk's own features (arXiv 2605.27736).
 
-Per tapped block the image tokens are normalised, modulated by the timestep (AdaLN) and pooled by learned queries; the
-pooled tokens of all taps go through one MLP per reward. Legend: T taps, B samples, N tokens, D trunk width, d critic
-width, M rewards. LayerNorms have no weights of their own: what follows each of them is linear.
+Per tapped block the image tokens are normalised, modulated by timestep and prompt (AdaLN, as the trunk's own blocks
+are) and pooled by learned queries; the pooled tokens of all taps go through one MLP per reward. The prompt is there
+because a policy's pictures do not tell two prompts apart where it fails at what tells these apart. Legend: T taps,
+B samples, N tokens, D trunk width, d critic width, M rewards. LayerNorms have no weights of their own: what follows
+each of them is linear.
 """
 
 from collections.abc import Sequence
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,7 +31,7 @@ class StackedLinear(nn.Module):
 
 
 class TapPools(nn.Module):
-    """Every tap: LayerNorm -> timestep modulation -> attention pooling -> feed-forward; T x [B, N, D] -> [T, B, d].
+    """Every tap: LayerNorm -> modulation -> attention pooling -> feed-forward; T x [B, N, D] -> [T, B, d].
 
     The taps' weights are stacked: sharding costs by the tensor, whatever its size.
     """
@@ -45,8 +47,8 @@ class TapPools(nn.Module):
         nn.init.zeros_(self.modulation.bias)
         self.expand, self.contract = StackedLinear(num_taps, dim, 4 * dim), StackedLinear(num_taps, 4 * dim, dim)
 
-    def forward(self, features: Sequence[Tensor], time_embedding: Tensor) -> Tensor:
-        scale, shift = self.modulation(time_embedding.expand(len(features), -1, -1)).chunk(2, dim=-1)
+    def forward(self, features: Sequence[Tensor], condition: Tensor) -> Tensor:
+        scale, shift = self.modulation(condition.expand(len(features), -1, -1)).chunk(2, dim=-1)
         weights = (self.query, self.key_weight, self.value_weight, scale, shift)
         pooled = torch.stack([critic_pool(*tap) for tap in zip(features, *weights, strict=True)]).to(features[0].dtype)
         hidden = functional.layer_norm(pooled, pooled.shape[-1:])
@@ -59,11 +61,19 @@ class Critic(nn.Module):
     timestep_adaln=False leaves the timestep out of the head (the paper's ablation).
     """
 
-    def __init__(self, width: int, num_taps: int, num_rewards: int, dim: int, num_heads: int, timestep_adaln: bool):
+    def __init__(
+        self,
+        width: int,
+        text_width: int,
+        num_taps: int,
+        num_rewards: int,
+        dim: int,
+        num_heads: int,
+        timestep_adaln: bool,
+    ):
         super().__init__()
         self.timestep_adaln = timestep_adaln
-        self.sinusoid = Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(128, dim)
+        self.condition = CombinedTimestepTextProjEmbeddings(dim, text_width)
         self.taps = TapPools(num_taps, width, dim, num_heads)
         self.heads = nn.ModuleList(
             nn.Sequential(nn.Linear(num_taps * dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, 1))
@@ -73,10 +83,10 @@ class Critic(nn.Module):
             nn.init.zeros_(head[-1].weight)
             nn.init.zeros_(head[-1].bias)
 
-    def forward(self, *features: Tensor, timesteps: Tensor) -> Tensor:
-        """features: one [B, N, D] per tap; timesteps: float32 [B]."""
+    def forward(self, *features: Tensor, timesteps: Tensor, pooled_text: Tensor) -> Tensor:
+        """features: one [B, N, D] per tap; timesteps: float32 [B]; pooled_text: [B, text_width], of their type."""
         steps = timesteps if self.timestep_adaln else torch.zeros_like(timesteps)
-        time = functional.silu(self.time_embedding(self.sinusoid(steps).to(features[0].dtype)))
-        pooled = torch.cat(self.taps(features, time).unbind(), dim=-1)
+        condition = functional.silu(self.condition(steps, pooled_text))
+        pooled = torch.cat(self.taps(features, condition).unbind(), dim=-1)
         pooled = functional.layer_norm(pooled, pooled.shape[-1:])
         return torch.cat([head(pooled) for head in self.heads], dim=-1).float()

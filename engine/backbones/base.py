@@ -20,6 +20,7 @@ class Backbone(ABC):
     trunk: nn.Module
     latent_shape: tuple[int, int, int]  # C, H, W
     width: int  # D
+    text_width: int
     depth: int  # number of blocks that can be tapped
 
     @classmethod
@@ -34,6 +35,10 @@ class Backbone(ABC):
     @abstractmethod
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
         """Conditioning of B prompts, as the family's own pipeline computes it at guidance 1."""
+
+    @abstractmethod
+    def pooled_text(self, conditioning: Conditioning) -> Tensor:
+        """One vector a prompt, [B, text_width], for the critic."""
 
     @abstractmethod
     def sigmas(self, num_inference_steps: int) -> Tensor:

@@ -22,6 +22,7 @@ class SD3Backbone(Backbone):
         config = pipe.transformer.config
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.width = config.num_attention_heads * config.attention_head_dim
+        self.text_width = config.pooled_projection_dim
         self.depth = config.num_layers
         freeze(pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
         pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are faster so
@@ -46,6 +47,9 @@ class SD3Backbone(Backbone):
             max_sequence_length=self.max_sequence_length,
         )
         return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
+
+    def pooled_text(self, conditioning: Conditioning) -> Tensor:
+        return conditioning["pooled_prompt_embeds"]
 
     def sigmas(self, num_inference_steps: int) -> Tensor:
         self.pipe.scheduler.set_timesteps(num_inference_steps)

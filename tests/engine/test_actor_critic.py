@@ -30,14 +30,14 @@ def read_features(model, inputs, **options):
     ]
 
     def keep(_module, args, kwargs):
-        given.append((args, kwargs["timesteps"]))
+        given.append((args, kwargs))
 
     handles.append(model.critic.register_forward_pre_hook(keep, with_kwargs=True))
     outputs = model(*inputs, **options)
     for handle in handles:
         handle.remove()
-    (features, timesteps) = given[0]
-    return outputs, blocks, features, timesteps
+    (features, condition) = given[0]
+    return outputs, blocks, features, condition
 
 
 def plain_prediction(model, inputs):
@@ -55,13 +55,14 @@ def plain_prediction(model, inputs):
 def test_taps_read_the_image_tokens_of_their_blocks(make, taps, expected):
     model, inputs = make(taps=taps)
     assert model.tap_indices == expected
-    (prediction, values), blocks, features, timesteps = read_features(model, inputs)
+    (prediction, values), blocks, features, condition = read_features(model, inputs)
     assert len(features) == len(expected)
     for tokens, index in zip(features, expected, strict=True):
         assert tokens.shape == (3, 64, 64)  # 8 x 8 patches of a trunk 64 wide
         assert torch.equal(tokens, blocks[index])
-    assert torch.equal(timesteps, STEPS)
-    assert torch.equal(values, model.critic(*(blocks[i] for i in expected), timesteps=STEPS))
+    assert torch.equal(condition["timesteps"], STEPS)
+    assert torch.equal(condition["pooled_text"], inputs[2]["pooled_prompt_embeds"])
+    assert torch.equal(values, model.critic(*(blocks[i] for i in expected), **condition))
     assert torch.equal(prediction, plain_prediction(model, inputs))
     assert prediction.dtype == values.dtype == torch.float32 and values.shape == (3, 2)
     assert values.std() > 0.05
@@ -128,7 +129,7 @@ def test_guidance_combines_two_predictions(make, scale):
     empty = guided.backbone.encode_prompts([""])
     repeated = {name: tensor.expand(3, *tensor.shape[1:]) for name, tensor in empty.items()}
     with torch.no_grad():
-        (prediction, values), blocks, features, timesteps = read_features(guided, (*inputs, empty))
+        (prediction, values), blocks, features, condition = read_features(guided, (*inputs, empty))
         with_prompt, expected_values = plain(*inputs)
         without, _ = plain(*inputs[:2], repeated)
     # A batch of six instead of three: 2e-6 a forward (sums in other blocks), enlarged by 2 scale - 1 at most.
@@ -136,7 +137,8 @@ def test_guidance_combines_two_predictions(make, scale):
     torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5 * (2 * scale - 1))
     torch.testing.assert_close(values, expected_values, rtol=0, atol=2e-5)
     assert all(torch.equal(tokens, blocks[i][3:]) for i, tokens in enumerate(features))
-    assert torch.equal(timesteps, STEPS)
+    assert torch.equal(condition["timesteps"], STEPS)
+    assert torch.equal(condition["pooled_text"], inputs[2]["pooled_prompt_embeds"])
     assert (with_prompt - without).abs().mean() > 0.1
 
 

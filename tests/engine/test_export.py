@@ -88,10 +88,11 @@ def test_critic_is_whole_and_loads(run, seen):
     with safe_open(path, "pt") as file:
         about = {key: json.loads(value) for key, value in file.metadata().items()}
     assert about == {"taps": [0, 1, 2], "rewards": ["tiny_rewards:brightness", "tiny_rewards:redness"]}
-    critic = Critic(width=64, num_taps=3, num_rewards=2, dim=16, num_heads=2, timestep_adaln=True)
+    critic = Critic(width=64, text_width=96, num_taps=3, num_rewards=2, dim=16, num_heads=2, timestep_adaln=True)
     state = load_file(path)
     critic.load_state_dict(state)
     assert all(tensor.numel() > 0 for tensor in state.values())
     assert all(torch.equal(tensor, seen["final"][f"critic.{name}"]) for name, tensor in state.items())
-    values = critic(*torch.randn(3, 4, 64, 64), timesteps=torch.tensor([1000.0, 700.0, 300.0, 10.0]))
+    timesteps = torch.tensor([1000.0, 700.0, 300.0, 10.0])
+    values = critic(*torch.randn(3, 4, 64, 64), timesteps=timesteps, pooled_text=torch.randn(4, 96))
     assert values.shape == (4, 2) and bool((values != 0).all())  # it began at 0 everywhere

@@ -41,12 +41,13 @@ def plan(tiny_config, model):
 
 def test_parameters_are_counted(plan, model):
     # Critic of width 32 with 2 taps on 64 wide tokens, 2 rewards: per tap query 32, keys and values 2 (32 x 64),
-    # modulation 32 -> 128, MLP 32 -> 128 -> 32; the time's MLP 128 -> 32 -> 32; per reward an MLP taps x 32 -> 32 -> 1.
+    # modulation 32 -> 128, MLP 32 -> 128 -> 32; MLPs of time 256 -> 32 -> 32 and of pooled text 96 -> 32 -> 32; per
+    # reward an MLP taps x 32 -> 32 -> 1.
     taps = len(model.tap_indices)
     tap = 32 + 2 * 32 * 64 + (32 * 128 + 128) + (32 * 128 + 128) + (128 * 32 + 32)
-    time = 128 * 32 + 32 + 32 * 32 + 32
+    condition = (256 * 32 + 32 + 32 * 32 + 32) + (96 * 32 + 32 + 32 * 32 + 32)
     heads = 2 * ((taps * 32 * 32 + 32) + (32 + 1))
-    critic = taps * tap + time + heads
+    critic = taps * tap + condition + heads
     assert count(model.critic) == critic
     policy = sum(parameter.numel() for parameter in model.trunk.parameters())
     assert count(model.trunk) == policy > 50_000

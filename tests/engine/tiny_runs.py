@@ -215,6 +215,7 @@ def _work(task: dict) -> None:
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     globals()[task["job"]](*task["arguments"])
 
 

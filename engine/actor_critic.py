@@ -61,7 +61,8 @@ class ActorCritic(nn.Module):
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         dtype = next(self.trunk.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
-        inputs, steps, pooled_text = latents.to(dtype), timesteps, self.backbone.pooled_text(conditioning)
+        pooled_text = self.backbone.pooled_text(conditioning)
+        inputs, steps = latents.to(dtype), timesteps
         if guidance > 1:
             conditioning = {
                 name: torch.cat([unconditional[name].to(dtype).expand_as(tensor), tensor])

@@ -1,5 +1,7 @@
 """The one module that DeepSpeed wraps: prediction and values from a single pass through the trunk."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -32,17 +34,23 @@ class ActorCritic(nn.Module):
         taps, rewards = len(self.tap_indices), len(reward_names)
         widths = backbone.width, backbone.text_width
         self.critic = Critic(*widths, taps, rewards, config.dim, config.num_heads, config.timestep_adaln)
-        self._features: dict[int, Tensor] = {}
-        for index in self.tap_indices:
-            self._watch(index)
+        self._tapped = [self._tap(index) for index in self.tap_indices]
 
-    def _watch(self, index: int) -> None:
+    def _tap(self, index: int) -> nn.Module:
         block, position = self.backbone.tap(self.trunk, index)
 
-        def keep(_module, _inputs, output):
-            self._features[index] = output if position is None else output[position]
+        def keep(block, _inputs, output):
+            block.tapped = output if position is None else output[position]
 
         block.register_forward_hook(keep)
+        return block
+
+    def __deepcopy__(self, memo: dict) -> "ActorCritic":
+        """Weights of its own, the same frozen parts around them."""
+        twin = ActorCritic.__new__(ActorCritic)
+        memo |= {id(self): twin, id(self.backbone): self.backbone}
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
 
     def forward(
         self,
@@ -70,7 +78,7 @@ class ActorCritic(nn.Module):
             }
             inputs, steps = torch.cat([inputs, inputs]), torch.cat([steps, steps])
         prediction = self.backbone.predict(self.trunk, inputs, steps, conditioning).float()
-        features = [self._features.pop(index) for index in self.tap_indices]
+        features = [vars(block).pop("tapped") for block in self._tapped]
         if guidance > 1:
             without, with_prompt = prediction.chunk(2)
             prediction = without + guidance * (with_prompt - without)

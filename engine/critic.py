@@ -31,7 +31,7 @@ class StackedLinear(nn.Module):
 
 
 class TapPools(nn.Module):
-    """Every tap: LayerNorm -> modulation -> attention pooling -> feed-forward; T x [B, N, D] -> [T, B, d].
+    """Every tap: LayerNorm -> modulation -> attention pooling; T x [B, N, D] -> [T, B, d].
 
     The taps' weights are stacked: sharding costs by the tensor, whatever its size.
     """
@@ -45,14 +45,12 @@ class TapPools(nn.Module):
         self.modulation = StackedLinear(num_taps, dim, 2 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
-        self.expand, self.contract = StackedLinear(num_taps, dim, 4 * dim), StackedLinear(num_taps, 4 * dim, dim)
 
     def forward(self, features: Sequence[Tensor], condition: Tensor) -> Tensor:
         scale, shift = self.modulation(condition.expand(len(features), -1, -1)).chunk(2, dim=-1)
         weights = (self.query, self.key_weight, self.value_weight, scale, shift)
-        pooled = torch.stack([critic_pool(*tap) for tap in zip(features, *weights, strict=True)]).to(features[0].dtype)
-        hidden = functional.layer_norm(pooled, pooled.shape[-1:])
-        return pooled + self.contract(functional.gelu(self.expand(hidden), approximate="tanh"))
+        pooled = [critic_pool(*tap) for tap in zip(features, *weights, strict=True)]
+        return torch.stack(pooled).to(features[0].dtype)
 
 
 class Critic(nn.Module):

@@ -70,6 +70,7 @@ def describe_plan(config: Config, world: World, model: ActorCritic, trained_step
     policy, critic = count(model.trunk), count(model.critic)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     state = (policy + critic) * _state_bytes(dtype, stage, world.size)
+    copy = (policy + critic) * dtype.itemsize  # see inference_copy.py
     batches = rollout.samples_per_iteration // (rollout.micro_batch_size * world.size)
     steps = rollout.num_inference_steps
     pretraining = batches * cost.forward * steps * (1 + training.value_pretraining_epochs)
@@ -91,8 +92,8 @@ def describe_plan(config: Config, world: World, model: ActorCritic, trained_step
         "iteration": f"{rollout.samples_per_iteration} samples in micro-batches of {rollout.micro_batch_size}, "
         f"{training.updates_per_iteration} updates",
         "rewards": ", ".join(f"{reward.name} x {reward.weight:g}" for reward in config.rewards),
-        "memory": f"{state / 2**20:,.0f} MiB of weights, gradients and optimizer, {cost.activations / 2**20:,.0f} MiB "
-        "of activations, a process",
+        "memory": f"{state / 2**20:,.0f} MiB of weights, gradients and optimizer, {copy / 2**20:,.0f} MiB of "
+        f"weights to sample with, {cost.activations / 2**20:,.0f} MiB of activations, a process",
         "length": f"{training.value_pretraining_iterations} value-pretraining + {training.iterations} PPO iterations, "
         f"about {_duration(total)} ({iteration:.1f} s an iteration)",
     }

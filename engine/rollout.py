@@ -12,7 +12,7 @@ from .prompt_cache import PromptCache
 from .prompts import Prompt
 from .trajectory import Trajectory, concatenate
 
-Model = Callable[..., tuple[Tensor, Tensor]]  # ActorCritic, or the DeepSpeed engine around it
+Model = Callable[..., tuple[Tensor, Tensor]]  # as ActorCritic
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from .checkpoint import CheckpointStore, disk_errors, export
 from .config import Config, save_config
 from .errors import UserError
 from .evaluate import Evaluation, Evaluator
+from .inference_copy import InferenceCopy
 from .metrics import MetricsLogger, ProgressBar, read_metrics
 from .plan import describe_plan, measure
 from .prompt_cache import PromptCache
@@ -65,7 +66,8 @@ class Trainer:
         self.encode = PromptCache(self.backbone)
         self.guided = config.rollout.guidance_scale > 1
         self.cost = measure(self.model, *self._micro_batch())
-        self.clock = TrunkClock(self.model.trunk, world.device)
+        self.sampling = InferenceCopy(self.model)
+        self.clock = TrunkClock(world.device, self.model.trunk, self.sampling.model.trunk)
         self.engine = shard(self.model, config, world)
         self.updater = Updater(self.engine, config, world, self.clock)
         self.standardizer = RunningStandardizer(len(names))
@@ -135,7 +137,7 @@ class Trainer:
         share = total // self.world.size
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
         return rollout(
-            self.engine,
+            self.sampling.refresh(),
             self.encode,
             self.sampler.batch(iteration, total)[mine],
             torch.arange(total)[mine] + iteration * total,
@@ -209,7 +211,7 @@ class Trainer:
 
     def evaluate(self, iteration: int) -> Evaluation:
         """Held-out scores, kept in `evaluations/` with the settings that repeat them."""
-        result = self.evaluator(self.engine, self.standardizer)
+        result = self.evaluator(self.sampling.refresh(), self.standardizer)
         if self.world.is_main:
             settings = {**self.config.evaluation.model_dump(mode="json"), "prompts": self.config.prompts.eval}
             result.save(self.run_dir / "evaluations" / f"iteration-{iteration:06d}", settings)

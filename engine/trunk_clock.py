@@ -13,12 +13,13 @@ class TrunkClock:
     its end. What sharding does inside these spans (gathering, reducing) counts as the trunk's.
     """
 
-    def __init__(self, trunk: nn.Module, device: torch.device):
+    def __init__(self, device: torch.device, *trunks: nn.Module):
         self._on_gpu = device.type == "cuda"
         self._spans: list[tuple] = []
         self._begin = None
-        trunk.register_forward_pre_hook(lambda *_: self._start())
-        trunk.register_forward_hook(lambda *_: self._stop())
+        for trunk in trunks:
+            trunk.register_forward_pre_hook(lambda *_: self._start())
+            trunk.register_forward_hook(lambda *_: self._stop())
 
     def _now(self):
         if not self._on_gpu:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from .base import Backbone, Conditioning, as_uint8, freeze
 
-DECODE_BATCH = 32  # larger ones leave a CPU's caches, and are slower for it
-
 
 class SD3Backbone(Backbone):
     def __init__(self, pipe: StableDiffusion3Pipeline, max_sequence_length: int):
@@ -71,8 +69,7 @@ class SD3Backbone(Backbone):
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        parts = latents.to(vae.dtype).split(DECODE_BATCH)
-        return torch.cat([as_uint8(vae.decode(part).sample) for part in parts])
+        return as_uint8(vae.decode(latents.to(vae.dtype)).sample)
 
     def save(self, trunk_state: dict[str, Tensor], folder: Path) -> None:
         trunk = SD3Transformer2DModel.from_config(self.trunk.config)

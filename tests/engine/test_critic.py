@@ -55,9 +55,7 @@ def test_values_are_the_formula():
             scale, shift = linear(taps.modulation, condition).chunk(2)
             x = F.layer_norm(tokens[i], (WIDTH,), eps=1e-6) * (1 + scale) + shift
             scores = (x @ taps.key_weight[n].T) @ taps.query[n, 0] / 16**0.5
-            read = scores.softmax(0) @ (x @ taps.value_weight[n].T)
-            hidden = linear(taps.expand, F.layer_norm(read, (16,)))
-            pooled.append(read + linear(taps.contract, F.gelu(hidden, approximate="tanh")))
+            pooled.append(scores.softmax(0) @ (x @ taps.value_weight[n].T))
         pooled = F.layer_norm(torch.cat(pooled), (32,))
         expected[i] = torch.cat([head(pooled) for head in critic.heads])
     # Sums of at most 128 products of order 1 in another order, five layers deep.

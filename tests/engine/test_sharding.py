@@ -62,6 +62,13 @@ def test_whole_weights_are_gathered_on_rank_0_alone(two, runs):
     assert two["final"]["trunk.transformer_blocks.0.attn.to_q.weight"].shape == (64, 64)
 
 
+def test_the_copy_for_sampling_follows_the_weights_at_fixed_addresses(plain, one, two, runs):
+    for run, whole in ((plain, plain), (one, one), (two, two), (tiny_runs.seen(runs["two"], rank=1), two)):
+        assert run["copy stayed"]
+        assert run["copy"].keys() == {name for name in whole["final"] if name != "trunk.pos_embed.pos_embed"}
+        assert all(torch.equal(tensor, whole["final"][name]) for name, tensor in run["copy"].items())
+
+
 def test_ranks_together_draw_what_one_draws(plain, one, two, runs):
     """The same micro-batches through the same weights: to the last bit."""
     both = torch.cat([two["rollout"], tiny_runs.seen(runs["two"], rank=1)["rollout"]])

@@ -56,7 +56,7 @@ def trunk(now):
 
 @pytest.fixture
 def clock(trunk):
-    return TrunkClock(trunk, torch.device("cpu"))
+    return TrunkClock(torch.device("cpu"), trunk)
 
 
 def test_forwards_alone(now, trunk, clock):

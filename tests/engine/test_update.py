@@ -40,7 +40,7 @@ class Run:
         self.config, self.world, self.model = config, world, model
         if config.model.gradient_checkpointing:
             model.trunk.enable_gradient_checkpointing()
-        self.clock = TrunkClock(model.trunk, CPU)
+        self.clock = TrunkClock(CPU, model.trunk)
         self.encode = PromptCache(model.backbone)
         self.engine = shard(model, config, world)
         self.updater = Updater(self.engine, config, world, self.clock)

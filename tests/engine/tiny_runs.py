@@ -246,10 +246,14 @@ def train_and_look(config: dict, plain: bool) -> None:
     run = trainer.Trainer(Config.model_validate_json(json.dumps(config)), world, Path("run"))
     drawn = run.sample(0, Scoring(run.backbone, run.rewards))
     seen = {"initial": sharding.gather_state(run.model, world), "rollout": drawn.latents, "rows": []}
+    places = [parameter.data_ptr() for parameter in run.sampling.model.parameters()]
     for iteration in range(config["training"]["value_pretraining_iterations"] + config["training"]["iterations"]):
         seen["rows"].append(run.iterate(iteration))
     seen["final"] = sharding.gather_state(run.model, world)
-    seen["evaluation"] = vars(run.evaluator(run.engine, run.standardizer))
+    copy = run.sampling.refresh()
+    seen["copy"] = {name: tensor.clone() for name, tensor in copy.named_parameters()}
+    seen["copy stayed"] = places == [parameter.data_ptr() for parameter in copy.parameters()]
+    seen["evaluation"] = vars(run.evaluator(copy, run.standardizer))
     if not plain:
         parameters = dict(run.model.named_parameters())
         seen["shards"] = {n: (p.ds_numel, p.ds_tensor.numel(), p.numel()) for n, p in parameters.items()}
@@ -258,7 +262,7 @@ def train_and_look(config: dict, plain: bool) -> None:
         prompts = run.sampler.prompts[:2]
         sigmas = run.backbone.sigmas(4)
         seen["ode"] = rollout(
-            run.engine,
+            copy,
             run.encode,
             prompts,
             torch.arange(2),

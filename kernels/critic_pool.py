@@ -16,7 +16,7 @@ The tokens stay as they are in memory; statistics, softmax and products are comp
 
 `critic_pool` computes the same without a matrix product over N tokens: with one query per head, query k^T is x times
 key_weight^T query, where the shift cancels in the softmax and the scale folds into that vector; and value_weight is
-applied to the pooled token. What is left of N: its statistics, N x heads scores and one weighted sum.
+applied to the pooled token, and to the shift. What is left of N: its statistics, N x heads scores and one weighted sum.
 """
 
 import torch
@@ -49,12 +49,14 @@ def critic_pool_folded(
         t.to(dtype) for t in (h, query, key_weight, value_weight, scale, shift)
     )
     heads, head_dim = query.shape
-    folded = torch.einsum("hd,hdD->hD", query, key_weight.unflatten(0, (heads, head_dim))) * head_dim**-0.5
-    scale, shift = 1.0 + scale.unsqueeze(1), shift.unsqueeze(1)  # [B, 1, D]
+    key_weight, by_head = key_weight.unflatten(0, (heads, head_dim)), value_weight.unflatten(0, (heads, head_dim))
+    folded = (query.unsqueeze(1) @ key_weight).squeeze(1) * head_dim**-0.5  # [heads, D]
+    scale = 1.0 + scale.unsqueeze(1)  # [B, 1, D]
     x = torch.nn.functional.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
     weights = ((scale * folded) @ x.transpose(1, 2)).softmax(dim=-1)  # [B, heads, N]
-    pooled = (weights @ x) * scale + shift  # [B, heads, D]
-    return torch.einsum("bhD,hdD->bhd", pooled, value_weight.unflatten(0, (heads, head_dim))).flatten(1)
+    pooled = (weights @ x) * scale  # [B, heads, D]
+    values = pooled.transpose(0, 1) @ by_head.transpose(1, 2)  # [heads, B, d]
+    return torch.addmm(values.transpose(0, 1).flatten(1), shift, value_weight.T)  # the weights sum to 1
 
 
 def critic_pool(

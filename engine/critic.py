@@ -31,7 +31,7 @@ class StackedLinear(nn.Module):
 
 
 class TapPools(nn.Module):
-    """Every tap: LayerNorm -> modulation -> attention pooling; T x [B, N, D] -> [T, B, d].
+    """Every tap: LayerNorm -> modulation -> attention pooling; T x [B, N, D] -> [B, T d].
 
     The taps' weights are stacked: sharding costs by the tensor, whatever its size.
     """
@@ -50,7 +50,7 @@ class TapPools(nn.Module):
         scale, shift = self.modulation(condition.expand(len(features), -1, -1)).chunk(2, dim=-1)
         weights = (self.query, self.key_weight, self.value_weight, scale, shift)
         pooled = [critic_pool(*tap) for tap in zip(features, *weights, strict=True)]
-        return torch.stack(pooled).to(features[0].dtype)
+        return torch.cat(pooled, dim=-1).to(features[0].dtype)
 
 
 class Critic(nn.Module):
@@ -85,6 +85,6 @@ class Critic(nn.Module):
         """features: one [B, N, D] per tap; timesteps: float32 [B]; pooled_text: [B, text_width], of their type."""
         steps = timesteps if self.timestep_adaln else torch.zeros_like(timesteps)
         condition = functional.silu(self.condition(steps, pooled_text))
-        pooled = torch.cat(self.taps(features, condition).unbind(), dim=-1)
+        pooled = self.taps(features, condition)
         pooled = functional.layer_norm(pooled, pooled.shape[-1:])
         return torch.cat([head(pooled) for head in self.heads], dim=-1).float()

@@ -17,19 +17,6 @@ from torch.nn import functional
 from ..kernels.critic_pool import critic_pool
 
 
-class StackedLinear(nn.Module):
-    """`count` linear layers at once: [count, B, inputs] -> [count, B, outputs]."""
-
-    def __init__(self, count: int, inputs: int, outputs: int):
-        super().__init__()
-        bound = inputs**-0.5  # as in nn.Linear
-        self.weight = nn.Parameter(torch.empty(count, outputs, inputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(count, 1, outputs).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight.mT)
-
-
 class TapPools(nn.Module):
     """Every tap: LayerNorm -> modulation -> attention pooling; T x [B, N, D] -> [B, T d].
 
@@ -42,12 +29,12 @@ class TapPools(nn.Module):
         bound = (6.0 / (dim + width)) ** 0.5  # Xavier's
         self.key_weight = nn.Parameter(torch.empty(num_taps, dim, width).uniform_(-bound, bound))
         self.value_weight = nn.Parameter(torch.empty(num_taps, dim, width).uniform_(-bound, bound))
-        self.modulation = StackedLinear(num_taps, dim, 2 * width)
+        self.modulation = nn.Linear(dim, num_taps * 2 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, features: Sequence[Tensor], condition: Tensor) -> Tensor:
-        scale, shift = self.modulation(condition.expand(len(features), -1, -1)).chunk(2, dim=-1)
+        scale, shift = self.modulation(condition).unflatten(1, (2, len(features), -1)).permute(1, 2, 0, 3)
         weights = (self.query, self.key_weight, self.value_weight, scale, shift)
         pooled = [critic_pool(*tap) for tap in zip(features, *weights, strict=True)]
         return torch.cat(pooled, dim=-1).to(features[0].dtype)

@@ -47,12 +47,8 @@ def test_values_are_the_formula():
         condition = time.linear_2(F.silu(time.linear_1(sinusoid)))
         condition = F.silu(condition + text.linear_2(F.silu(text.linear_1(given["pooled_text"][i]))))
         pooled, taps = [], critic.taps
-        for n, tokens in enumerate(features):
-
-            def linear(layer, x, n=n):
-                return layer.weight[n] @ x + layer.bias[n, 0]
-
-            scale, shift = linear(taps.modulation, condition).chunk(2)
+        scales, shifts = taps.modulation(condition).unflatten(0, (2, 2, WIDTH))
+        for n, (tokens, scale, shift) in enumerate(zip(features, scales, shifts, strict=True)):
             x = F.layer_norm(tokens[i], (WIDTH,), eps=1e-6) * (1 + scale) + shift
             scores = (x @ taps.key_weight[n].T) @ taps.query[n, 0] / 16**0.5
             pooled.append(scores.softmax(0) @ (x @ taps.value_weight[n].T))

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -113,6 +114,7 @@ def measure(work: dict, repeats: int, on_gpu: bool) -> dict[str, list[float]]:
 
 def main() -> None:
     args = arguments()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, of what DeepSpeed calls
     world = init_distributed()
     on_gpu = world.device.type == "cuda"
     backbone, bare = build(args, world, sharded=False)

@@ -5,7 +5,6 @@ step, all with the same weights. So they are gathered once, into this copy, and 
 """
 
 import copy
-from contextlib import nullcontext
 
 import deepspeed
 import torch
@@ -21,10 +20,9 @@ class InferenceCopy:
 
     def __init__(self, original: ActorCritic):
         self.model = copy.deepcopy(original).requires_grad_(False)
-        pairs = list(zip(original.parameters(), self.model.parameters(), strict=True))
         self._buckets: list[list[tuple[torch.nn.Parameter, torch.nn.Parameter]]] = [[]]
         size = 0
-        for original_parameter, parameter in pairs:
+        for original_parameter, parameter in zip(original.parameters(), self.model.parameters(), strict=True):
             if size + parameter.nbytes > BUCKET_BYTES and size:
                 self._buckets.append([])
                 size = 0
@@ -36,6 +34,6 @@ class InferenceCopy:
         """The copy, brought up to the original's weights. Every rank calls it at the same point."""
         for bucket in self._buckets:
             sharded = [p for p, _ in bucket if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
-            with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
+            with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
                 torch._foreach_copy_([mine for _, mine in bucket], [original.data for original, _ in bucket])
         return self.model

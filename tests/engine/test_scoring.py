@@ -64,6 +64,25 @@ def test_sampling_goes_on_while_a_reward_scores():
     assert scoring.result()[1].tolist() == [[7]]
 
 
+def test_who_waits_for_the_scores_decodes_too():
+    decoded = threading.Event()
+
+    class Last(Pictures):
+        def decode(self, latents):
+            if latents.mean() == 9:
+                decoded.set()
+            return super().decode(latents)
+
+    def slow(images, prompts, metadata):
+        assert decoded.wait(PATIENCE), "the last picture waited for a reward"
+        return grey(images, prompts, metadata)
+
+    scoring = Scoring(Last(), [reward(slow)])
+    scoring.submit(part(7))
+    scoring.submit(part(9))
+    assert scoring.result()[1].tolist() == [[7], [9]]
+
+
 def test_a_failing_reward_stops_the_run():
     def broken(images, prompts, metadata):
         raise RuntimeError("its model is gone")
@@ -71,6 +90,17 @@ def test_a_failing_reward_stops_the_run():
     scoring = Scoring(Pictures(), [reward(broken)])
     scoring.submit(part(7))
     with pytest.raises(UserError, match="'broken' failed on prompt 'grey 7'.*its model is gone"):
+        scoring.result()
+
+
+def test_a_failing_decoder_stops_the_run():
+    class Broken(Pictures):
+        def decode(self, latents):
+            raise RuntimeError("no memory for the decoder")
+
+    scoring = Scoring(Broken(), [reward(grey)])
+    scoring.submit(part(7))
+    with pytest.raises(RuntimeError, match="no memory for the decoder"):
         scoring.result()
 
 

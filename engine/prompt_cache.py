@@ -1,5 +1,6 @@
 """Prompts are encoded once, as long as memory allows: text encoders run on new prompts only."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,18 @@ class PromptCache:
             for row, text in enumerate(part):
                 found[text] = {name: tensor[row].to("cpu", copy=True) for name, tensor in encoded.items()}
         self._rows |= found  # at the end, as the last ones used
-        first = found[texts[0]]
-        while sum(tensor.nbytes for tensor in first.values()) * len(self._rows) > self._max_bytes:
+        while len(self._rows) > self._capacity():
             del self._rows[next(iter(self._rows))]
-        return {name: torch.stack([found[text][name] for text in texts]).to(device) for name in first}
+        return {name: torch.stack([found[text][name] for text in texts]).to(device) for name in found[texts[0]]}
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Encodes texts ahead, as many as fit: no iteration then waits for a text encoder."""
+        texts = list(dict.fromkeys(texts))
+        for start in range(0, len(texts), self._batch_size):
+            if len(self._rows) + self._batch_size <= self._capacity():
+                self(texts[start : start + self._batch_size], torch.device("cpu"))
+
+    def _capacity(self) -> float:
+        """Prompts that fit; unknown, and so without limit, before the first."""
+        row = next(iter(self._rows.values()), {})
+        return self._max_bytes // sum(tensor.nbytes for tensor in row.values()) if row else math.inf

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from . import reports
 from .actor_critic import ActorCritic
-from .advantages import explained_variance, gae, mean_and_variance, normalize
+from .advantages import mean_and_variance
 from .backbones import load_backbone
 from .backbones.base import Conditioning, timestep_of
 from .checkpoint import CheckpointStore, disk_errors, export
@@ -17,6 +17,7 @@ from .errors import UserError
 from .evaluate import Evaluation, Evaluator
 from .inference_copy import InferenceCopy
 from .metrics import MetricsLogger, ProgressBar, read_metrics
+from .outcome import Outcome
 from .plan import describe_plan, measure
 from .prompt_cache import PromptCache
 from .prompts import PromptSampler, load_prompts
@@ -87,33 +88,24 @@ class Trainer:
         scoring = Scoring(self.backbone, self.rewards)
         trajectory = self.sample(iteration, scoring)
         sampled = time.perf_counter()
-        raw = scoring.result()[1].to(self.world.device)
-        scored = time.perf_counter()
-
-        self.standardizer.update(raw)
-        rewards = self.standardizer.standardize(raw)
-        values = trajectory.values
-        advantages, _ = gae(rewards, values, config.algorithm.gamma, config.algorithm.lam)
-        _, returns = gae(rewards, values, config.algorithm.gamma, lam=1.0)  # a critic taught by itself drifts
-        explained = explained_variance(values, returns).mean(1)
+        weights = torch.tensor([reward.weight for reward in self.rewards], device=self.world.device)
+        outcome = Outcome(trajectory, scoring, self.standardizer, config.algorithm, weights)
 
         order = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
         unconditional = self._unconditional()
         if pretraining:
             epochs = config.training.value_pretraining_epochs
-            update = self.updater.critic(trajectory, returns, unconditional, order, epochs)
+            update = self.updater.critic(trajectory, outcome, unconditional, order, epochs)
         else:
-            weights = torch.tensor([reward.weight for reward in self.rewards], device=self.world.device)
-            trained = advantages[:, : trajectory.trained_steps]
-            advantage = normalize(trained, weights, config.algorithm.advantage_clip)
             lr_scale = self._lr_scale(iteration)
-            update = self.updater.ppo(trajectory, advantage, returns, unconditional, order, lr_scale)
+            update = self.updater.ppo(trajectory, outcome, unconditional, order, lr_scale)
             update["learning_rate"] = lr_scale * config.optimizer.policy_lr
             if config.training.critic_epochs:
-                self.updater.critic(trajectory, returns, unconditional, order, config.training.critic_epochs, lr_scale)
+                self.updater.critic(trajectory, outcome, unconditional, order, config.training.critic_epochs, lr_scale)
+        explained = outcome.explained_variance
         ended = time.perf_counter()
 
-        mean, variance, count = mean_and_variance(raw, (0,))
+        mean, variance, count = mean_and_variance(outcome.raw, (0,))
         row = {"phase": "value_pretraining" if pretraining else "ppo", "samples": count}
         for m, reward in enumerate(self.rewards):
             row[f"reward/{reward.name}"] = mean[m].item()
@@ -126,8 +118,8 @@ class Trainer:
             "explained_variance_per_step": explained.tolist(),
             "seconds": ended - began,
             "seconds/rollout": sampled - began,
-            "seconds/rewards": scored - sampled,
-            "seconds/update": ended - scored,
+            "seconds/rewards": outcome.seconds,
+            "seconds/update": ended - sampled - outcome.seconds,
             "overhead": (ended - began) / trunk,
         }
 
@@ -175,6 +167,7 @@ class Trainer:
             )
             log.truncate(-1 if start is None else start)
             progress = ProgressBar(total, start or 0)
+        self.encode.prepare([prompt.text for prompt in self.sampler.prompts])
         if start is None:
             first = self.evaluate(0)
             if main:

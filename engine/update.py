@@ -16,6 +16,7 @@ from ..kernels.transition import transition_log_prob
 from .backbones.base import Conditioning
 from .config import Config
 from .errors import TrainingError
+from .outcome import Outcome
 from .rollout import rows
 from .sharding import World, gradient_norm, set_learning_rates
 from .trajectory import Trajectory
@@ -34,17 +35,15 @@ class Updater:
     def ppo(
         self,
         trajectory: Trajectory,
-        advantages: Tensor,
-        returns: Tensor,
+        outcome: Outcome,
         unconditional: Conditioning | None,
         order: torch.Generator,
         lr_scale: float = 1.0,
     ) -> dict[str, float]:
         """`updates_per_iteration` steps on policy and critic, each on its own share of the samples.
 
-        advantages: [N, T], T the trained steps; returns: [N, K, M] of all steps. One loss and one backward per
-        micro-batch: under ZeRO-3 a forward takes no second one. Returns the means of the update's statistics over the
-        iteration.
+        One loss and one backward per micro-batch: under ZeRO-3 a forward takes no second one. The first forward runs
+        before the outcome is asked for. Returns the means of the update's statistics over the iteration.
         """
         algorithm, optimizer, log = self.config.algorithm, self.config.optimizer, defaultdict(list)
         set_learning_rates(self.engine, lr_scale * optimizer.policy_lr, lr_scale * optimizer.critic_lr)
@@ -59,9 +58,9 @@ class Updater:
                 z, z_next = trajectory.latents[batch, k], trajectory.latents[batch, k + 1]
                 log_prob = transition_log_prob(prediction, z, z_next, trajectory.table, k)
                 actor, statistics = policy_loss(
-                    log_prob, trajectory.log_probs[batch, k], advantages[batch, k], algorithm.clip_range
+                    log_prob, trajectory.log_probs[batch, k], outcome.advantages[batch, k], algorithm.clip_range
                 )
-                critic = self._value_loss(values, trajectory, returns, batch, steps)
+                critic = self._value_loss(values, trajectory, outcome.returns, batch, steps)
                 self._backward((actor + self.config.critic.value_coef * critic) / len(work), prediction)
                 terms.append(torch.stack([actor.detach(), critic.detach(), *statistics]))
             self._step(torch.stack(terms), [f"step {k}" for _, k in work], log)
@@ -82,7 +81,7 @@ class Updater:
     def critic(
         self,
         trajectory: Trajectory,
-        returns: Tensor,
+        outcome: Outcome,
         unconditional: Conditioning | None,
         order: torch.Generator,
         epochs: int,
@@ -90,10 +89,10 @@ class Updater:
     ) -> dict[str, float]:
         """Passes over the samples that train the critic alone, on every step; the policy stays bit-identical.
 
-        Used for value pretraining, and after each PPO update so that the critic follows the policy. returns: [N, K, M].
+        Used for value pretraining, and after each PPO update so that the critic follows the policy.
         Several steps of a sample share a forward: there is no ratio here that another batch shape could disturb.
         """
-        count = returns.shape[1]
+        count = trajectory.values.shape[1]
         parts = -(-count // self.steps_at_once)
         spans = [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
         log = defaultdict(list)
@@ -106,7 +105,7 @@ class Updater:
                 terms = []
                 for number, (batch, steps) in enumerate(work):
                     prediction, values = self._forward(trajectory, batch, steps, unconditional, number == len(work) - 1)
-                    critic = self._value_loss(values, trajectory, returns, batch, steps)
+                    critic = self._value_loss(values, trajectory, outcome.returns, batch, steps)
                     critic = critic * (steps.stop - steps.start) * parts / count  # each step weighs the same
                     self._backward(critic / len(work), prediction)
                     terms.append(torch.stack([torch.zeros_like(critic), critic.detach()]))

@@ -66,6 +66,19 @@ def test_what_was_not_used_for_longest_goes_first(backbone):
         assert equal(found, {n: torch.stack([t[TEXTS.index(x)] for x in texts]) for n, t in whole.items()})
 
 
+@pytest.mark.parametrize("fits", [9, 5])
+def test_prepares_what_fits(backbone, fits):
+    row = sum(tensor.nbytes for tensor in PromptCache(backbone)(TEXTS[:1], CPU).values())
+    counting = Counting(backbone)
+    encode = PromptCache(counting, batch_size=2, max_bytes=fits * row)
+    encode.prepare([*TEXTS[:8], *TEXTS[:8]])
+    ready = min(fits // 2 * 2, 8)
+    assert counting.distinct == TEXTS[:ready]
+    found = encode(TEXTS[:ready], CPU)
+    assert counting.distinct == TEXTS[:ready]  # nothing was encoded again
+    assert equal(found, PromptCache(backbone, batch_size=2)(TEXTS[:ready], CPU))
+
+
 def test_equals_direct_encoding_in_order(backbone):
     texts = [TEXTS[4], TEXTS[0], TEXTS[4], ""]
     found = PromptCache(backbone)(texts, CPU)

@@ -1,6 +1,7 @@
 """Optimizer steps under DeepSpeed ZeRO-3 against plain PyTorch: losses, weights, rests, and what is refused."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,13 +69,14 @@ class Run:
     def weights(self):
         return gather_state(self.model, self.world)
 
-    def ppo(self, trajectory, advantages, returns, seed=0):
+    def ppo(self, trajectory, advantages, returns, seed=0, lr_scale=1.0):
         order = torch.Generator().manual_seed(seed)
-        return self.updater.ppo(trajectory, advantages, returns, self.unconditional, order)
+        outcome = SimpleNamespace(advantages=advantages, returns=returns)
+        return self.updater.ppo(trajectory, outcome, self.unconditional, order, lr_scale)
 
     def critic(self, trajectory, returns, epochs=1, seed=0):
         order = torch.Generator().manual_seed(seed)
-        return self.updater.critic(trajectory, returns, self.unconditional, order, epochs)
+        return self.updater.critic(trajectory, SimpleNamespace(returns=returns), self.unconditional, order, epochs)
 
 
 @pytest.fixture
@@ -243,11 +245,35 @@ def test_first_update_of_a_fresh_batch_has_ratio_one(start):
         trajectory = run.sample(transition)
         assert trajectory.trained_steps == TRAINED
         run.clock.read()
-        found = run.updater.ppo(trajectory, *targets(trajectory), None, torch.Generator(), lr_scale=0.5)
+        found = run.ppo(trajectory, *targets(trajectory), lr_scale=0.5)
         assert [group["lr"] for group in run.engine.optimizer.param_groups] == [0.5e-4, 0.5e-3]
         assert (found["first_ratio"], found["first_ratio_deviation"], found["first_clipfrac"]) == (1.0, 0.0, 0.0)
         assert found["ratio_max_deviation"] > 0  # the second update sees what the first has changed
         assert len(run.clock._spans) == 2 * 2 * TRAINED  # a forward and a backward of each micro-batch and step
+
+
+def test_the_trunk_computes_while_the_last_pictures_are_scored(start):
+    """An update asks what was earned after its first forward, not before."""
+    run = start()
+    trajectory = run.sample()
+    forwards = []
+    run.model.trunk.register_forward_hook(lambda *_: forwards.append("forward"))
+
+    class Late:
+        @property
+        def advantages(self):
+            forwards.append("asked")
+            return targets(trajectory)[0]
+
+        @property
+        def returns(self):
+            forwards.append("asked")
+            return targets(trajectory)[1]
+
+    for update in (run.updater.ppo, lambda *inputs: run.updater.critic(*inputs, epochs=1)):
+        forwards.clear()
+        update(trajectory, Late(), None, torch.Generator())
+        assert forwards[:2] == ["forward", "asked"]
 
 
 def test_critic_updates_leave_the_policy_alone(start, tiny_model):

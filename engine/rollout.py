@@ -1,6 +1,8 @@
 """Sampling with the actor-critic, one denoising step at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from .prompts import Prompt
 from .trajectory import Trajectory, concatenate
 
 Model = Callable[..., tuple[Tensor, Tensor]]  # as ActorCritic
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -40,16 +43,17 @@ def rollout(
     table, timesteps = table.to(device), timesteps.to(device)
     unconditional = encode([""], device) if guided else None
     parts = []
-    for start in range(0, len(prompts), micro_batch_size):
-        batch = slice(start, start + micro_batch_size)
-        chosen, indices = list(prompts[batch]), sample_indices[batch]
+    batches = [slice(start, start + micro_batch_size) for start in range(0, len(prompts), micro_batch_size)]
+    draws = range(len(timesteps) + 1)
+    noise_of = ([keyed_noise(seed, sample_indices[batch], k, latent_shape) for k in draws] for batch in batches)
+    for batch, (initial, *noises) in zip(batches, one_ahead(noise_of), strict=True):
+        chosen = list(prompts[batch])
         conditioning = encode([prompt.text for prompt in chosen], device)
-        z = keyed_noise(seed, indices, 0, latent_shape).to(device)
+        z = initial.to(device)
         latents, log_probs, values = [z], [], []
         for k in range(len(timesteps)):
             v, value = model(z, timesteps[k].expand(len(z)), conditioning, unconditional)
-            noise = keyed_noise(seed, indices, k + 1, latent_shape).to(device)
-            z, log_prob = transition_step(v, z, noise, table, k)
+            z, log_prob = transition_step(v, z, noises[k].to(device), table, k)
             latents.append(z)
             log_probs.append(log_prob)
             values.append(value)
@@ -62,11 +66,20 @@ def rollout(
                 table=table,
                 conditioning=conditioning,
                 prompts=chosen,
-                sample_indices=indices,
+                sample_indices=sample_indices[batch],
             )
         )
         finished(parts[-1])
     return concatenate(parts)
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in a thread of its own while the one before it is used."""
+    with ThreadPoolExecutor(1, "one-ahead") as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def rows(conditioning: Conditioning, batch: slice) -> Conditioning:

@@ -10,7 +10,7 @@ from latent_critic.engine.backbones.base import timestep_of
 from latent_critic.engine.noise import keyed_noise
 from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import Prompt
-from latent_critic.engine.rollout import rollout, rows
+from latent_critic.engine.rollout import one_ahead, rollout, rows
 from latent_critic.engine.trajectory import concatenate
 from latent_critic.engine.transitions import build_table, ddim_table
 from latent_critic.kernels import policy_loss, transition_log_prob
@@ -172,3 +172,22 @@ def test_ranks_together_draw_what_one_draws(sample):
 def test_seed_changes_every_sample(sample):
     difference = (sample().latents - sample(seed=SEED + 1).latents).flatten(2).abs().mean(-1)
     assert bool((difference > 0.1).all())
+
+
+def test_one_ahead():
+    """Order, what is made beside the one in use, and an error that comes where its item would have."""
+    made = []
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise RuntimeError("the last one fails")
+
+    found = one_ahead(items())
+    assert next(found) == 0
+    assert [next(found), next(found)] == [1, 2]
+    with pytest.raises(RuntimeError, match="the last one fails"):
+        next(found)
+    assert made == [0, 1, 2]
+    assert list(one_ahead(iter([]))) == []

@@ -167,12 +167,12 @@ class Trainer:
             )
             log.truncate(-1 if start is None else start)
             progress = ProgressBar(total, start or 0)
-        self.encode.prepare([prompt.text for prompt in self.sampler.prompts])
         if start is None:
             first = self.evaluate(0)
             if main:
                 log.log(0, first.row())
             self._save(0)
+        self.encode.prepare([prompt.text for prompt in self.sampler.prompts])
         for iteration in range(start or 0, total):
             row = self.iterate(iteration)
             done = iteration + 1

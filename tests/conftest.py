@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU the kernels run in Triton's interpreter. It is chosen when Triton is imported, so before anything else.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 DEPTH, WIDTH = 3, 64  # of the tiny pipeline's trunk
 CHANNELS, SIDE = 4, 16  # of its latents; its pictures are 64 x 64
 

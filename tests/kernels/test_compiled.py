@@ -1,0 +1,184 @@
+"""Every kernel compiled to machine code for GPUs that need not be here, at the shapes of SD3.5-M and SD1.5 at 512 px.
+
+Run as a script, `test_compiled.py CASE`, this file compiles the launches of one case and prints what came out as JSON;
+the tests run it so, in processes where Triton is not its own interpreter (see tests/conftest.py).
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+TARGETS = {  # name: (backend, architecture, threads of a warp, shared memory of a program in bytes)
+    "sm_80": ("cuda", 80, 32, 163 * 1024),
+    "sm_90": ("cuda", 90, 32, 227 * 1024),
+    "sm_100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+BATCH = 16
+LATENTS = {"sd35": (16, 64, 64), "sd15": (4, 64, 64)}  # C, H, W
+TOKENS = {"sd35": (1024, 1536), "sd15": (64, 1280)}  # N, D: image tokens of a block, mid-block tokens of the UNet
+
+
+READS_ONLY = {"transition_log_prob-sd35", "transition_log_prob-sd15"}  # cases or kernels: what they write is small
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Any numbers: launches are recorded, not run."""
+    return torch.empty(shape, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ the launches
+
+
+def transition(model: str, part: str) -> None:
+    from latent_critic.kernels import transition
+
+    shape = (BATCH, *LATENTS[model])
+    v, v_ref = (empty(*shape, dtype=torch.bfloat16) for _ in range(2))
+    z, other, table, log_prob = empty(*shape), empty(*shape), empty(10, 3), empty(BATCH)
+    step, seed, samples = empty(dtype=torch.int64), empty(dtype=torch.int64), empty(BATCH, dtype=torch.int64)
+    if part == "step":
+        transition.launch_step(v, z, other, table, step, 0, None, None)
+        transition.launch_step(v, z, None, table, step, 0, seed, samples)
+    elif part == "log_prob":
+        transition.launch_log_prob(v, z, other, table, None, 3, v_ref)
+        transition.launch_log_prob(v, z, other, table, None, 3, None)
+    else:
+        transition.launch_backward(v, z, other, v_ref, None, log_prob, log_prob, table, None, 3, True, False)
+        transition.launch_backward(v, z, other, None, other, log_prob, None, table, None, 3, True, True)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    **{
+        f"transition_{part}-{model}": partial(transition, model, part)
+        for part in ("step", "log_prob", "backward")
+        for model in LATENTS
+    },
+}
+
+# ---------------------------------------------------------------------------------------------------- compiling them
+
+
+def compile_case(case: str) -> list[dict]:
+    """One row a kernel and target: registers, spills, local and shared memory, widths of global accesses in bits."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launches.append((kernel, args, kwargs))
+    CASES[case]()
+    rows = []
+    for kernel, args, kwargs in launches:
+        source, options = ASTSource(kernel, **specialize(kernel, args, kwargs)), compile_options(kernel, kwargs)
+        for name, (backend, arch, warp, _) in TARGETS.items():
+            compiled = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
+            usage = cuda_usage(compiled.asm["cubin"]) if backend == "cuda" else amd_usage(compiled.asm["amdgcn"])
+            rows.append({"kernel": kernel.__name__, "target": name, "shared": compiled.metadata.shared} | usage)
+    return rows
+
+
+def specialize(kernel, args: tuple, kwargs: dict) -> dict:
+    """What Triton's launcher would compile for these arguments: types, constants, divisibility by 16."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+    names |= {torch.int64: "i64", torch.int32: "i32"}
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + names[value.dtype]
+            aligned = value.storage_offset() * value.itemsize % 16 == 0
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        else:
+            signature[parameter.name], aligned = "fp32", False
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return {"signature": signature, "constexprs": constants, "attrs": attributes}
+
+
+def compile_options(kernel, kwargs: dict) -> dict:
+    return {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+
+
+def cuda_usage(cubin: bytes) -> dict:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = [knobs.nvidia.cuobjdump.path]
+        usage = subprocess.run([*tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([*tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": numbers["REG"],
+        "local": numbers["LOCAL"] + numbers["STACK"],
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "loads": widths(sass, "LDG|LDGSTS"),
+        "stores": widths(sass, "STG"),
+    }
+
+
+def widths(sass: str, instructions: str) -> list[int]:
+    found = re.findall(rf"\b(?:{instructions})\.E(?:\.[A-Z]\w*)*(?:\.(64|128)\b)?", sass)
+    return sorted({int(bits or 32) for bits in found})
+
+
+def amd_usage(assembly: str) -> dict:
+    def number(key: str) -> int:
+        return max(int(n) for n in re.findall(rf"\.{key}:\s*(\d+)", assembly))
+
+    width = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "ushort": 16, "short": 16, "short_d16": 16}
+
+    def access_widths(access: str) -> list[int]:
+        found = re.findall(rf"\b(?:global|buffer)_{access}_(\w+)", assembly)
+        return sorted({width[name] for name in found if name in width})
+
+    return {
+        "registers": number("vgpr_count"),
+        "local": number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "loads": access_widths("load"),
+        "stores": access_widths("store"),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_spills_and_wide_accesses(case, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = subprocess.run(
+        [sys.executable, "-P", Path(__file__), case], capture_output=True, text=True, env=environment
+    )
+    assert script.returncode == 0, script.stderr
+    rows = json.loads(script.stdout)
+    assert {row["target"] for row in rows} == set(TARGETS)
+    for row in rows:
+        assert row["spills"] == 0 and row["local"] == 0, row
+        assert row["shared"] <= TARGETS[row["target"]][3], row
+        if not row["kernel"].endswith("finish_kernel"):  # those touch a few numbers a sample
+            assert 128 in row["loads"] and (128 in row["stores"] or {case, row["kernel"]} & READS_ONLY), row
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_case(sys.argv[1])))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from ..kernels.ppo import policy_loss, value_loss
+from ..kernels.ppo import PPOClips, ppo_loss, value_loss
 from ..kernels.transition import transition_log_prob
 from .backbones.base import Conditioning
 from .config import Config
@@ -26,7 +26,8 @@ from .trunk_clock import TrunkClock
 class Updater:
     def __init__(self, engine: DeepSpeedEngine, config: Config, world: World, clock: TrunkClock):
         self.engine, self.config, self.world, self.clock = engine, config, world, clock
-        self.size = config.rollout.micro_batch_size
+        self.size, algorithm = config.rollout.micro_batch_size, config.algorithm
+        self.clips = PPOClips(algorithm.clip_range, algorithm.value_clip_range, algorithm.target_clip)
         # A pass without the trunk's gradient keeps one block's activations, a training pass every block's (or with
         # checkpointing their inputs): so many steps of a sample at once need no more memory.
         depth = engine.module.backbone.depth
@@ -45,7 +46,7 @@ class Updater:
         One loss and one backward per micro-batch: under ZeRO-3 a forward takes no second one. The first forward runs
         before the outcome is asked for. Returns the means of the update's statistics over the iteration.
         """
-        algorithm, optimizer, log = self.config.algorithm, self.config.optimizer, defaultdict(list)
+        optimizer, log = self.config.optimizer, defaultdict(list)
         set_learning_rates(self.engine, lr_scale * optimizer.policy_lr, lr_scale * optimizer.critic_lr)
         batches = self._batches(trajectory, order)
         share = len(batches) // self.config.training.updates_per_iteration
@@ -57,12 +58,18 @@ class Updater:
                 prediction, values = self._forward(trajectory, batch, steps, unconditional, is_last)
                 z, z_next = trajectory.latents[batch, k], trajectory.latents[batch, k + 1]
                 log_prob = transition_log_prob(prediction, z, z_next, trajectory.table, k)
-                actor, statistics = policy_loss(
-                    log_prob, trajectory.log_probs[batch, k], outcome.advantages[batch, k], algorithm.clip_range
+                loss, statistics = ppo_loss(
+                    log_prob,
+                    trajectory.log_probs[batch, k],
+                    outcome.advantages[batch, k],
+                    values,
+                    outcome.returns[batch, steps],
+                    trajectory.values[batch, steps],
+                    self.clips,
+                    self.config.critic.value_coef,
                 )
-                critic = self._value_loss(values, trajectory, outcome.returns, batch, steps)
-                self._backward((actor + self.config.critic.value_coef * critic) / len(work), prediction)
-                terms.append(torch.stack([actor.detach(), critic.detach(), *statistics]))
+                self._backward(loss / len(work), prediction)
+                terms.append(torch.stack([statistics.policy_loss, statistics.value_loss, *statistics.policy]))
             self._step(torch.stack(terms), [f"step {k}" for _, k in work], log)
         names = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "old_approx_kl", "clipfrac")
         table = torch.stack(log["terms"])  # [updates, micro-batches, statistics]
@@ -105,7 +112,10 @@ class Updater:
                 terms = []
                 for number, (batch, steps) in enumerate(work):
                     prediction, values = self._forward(trajectory, batch, steps, unconditional, number == len(work) - 1)
-                    critic = self._value_loss(values, trajectory, outcome.returns, batch, steps)
+                    returns, values_old = outcome.returns[batch, steps], trajectory.values[batch, steps]
+                    critic, _ = value_loss(
+                        values, returns, values_old, self.clips.value_clip_range, self.clips.target_clip
+                    )
                     critic = critic * (steps.stop - steps.start) * parts / count  # each step weighs the same
                     self._backward(critic / len(work), prediction)
                     terms.append(torch.stack([torch.zeros_like(critic), critic.detach()]))
@@ -127,17 +137,6 @@ class Updater:
         timesteps = trajectory.timesteps[steps].repeat(len(z))
         prediction, values = self.engine(z.flatten(0, 1), timesteps, conditioning, unconditional)
         return prediction, values.unflatten(0, (-1, count))
-
-    def _value_loss(self, values, trajectory, returns, batch: slice, steps: slice) -> Tensor:
-        algorithm = self.config.algorithm
-        loss, _ = value_loss(
-            values,
-            returns[batch, steps],
-            trajectory.values[batch, steps] if algorithm.value_clip_range else None,
-            algorithm.value_clip_range,
-            algorithm.target_clip,
-        )
-        return loss
 
     def _backward(self, loss: Tensor, prediction: Tensor) -> None:
         self.clock.watch_backward(prediction)

@@ -1,9 +1,11 @@
+"""PPO's losses in PyTorch against independent loops and numbers worked out by hand, and their arguments."""
+
 import math
 
 import pytest
 import torch
 
-from latent_critic.kernels import policy_loss, value_loss
+from latent_critic.kernels.ppo import PPOClips, policy_loss, ppo_loss, value_loss
 
 
 def _randn(*shape, seed=0, dtype=torch.float64):
@@ -76,9 +78,9 @@ def test_value_loss_against_a_loop(target_clip, value_clip_range):
             error = max(error, (clipped - g) ** 2)
             num_clipped += abs(v - v_old) > value_clip_range
         losses.append(0.5 * error)
-    loss, clipfrac = value_loss(value, returns, value_old, value_clip_range, target_clip)
+    loss, statistics = value_loss(value, returns, value_old, value_clip_range, target_clip)
     assert loss.item() == pytest.approx(sum(losses) / 30, rel=1e-13)
-    assert clipfrac.item() == pytest.approx(num_clipped / 30, rel=1e-15)
+    assert statistics.clipfrac.item() == pytest.approx(num_clipped / 30, rel=1e-15)
 
 
 @pytest.mark.parametrize("value_clip_range", [None, 0.3])
@@ -86,6 +88,33 @@ def test_value_loss_gradcheck(value_clip_range):
     value = _randn(6, 2, seed=1).requires_grad_()
     returns, value_old = 2.0 * _randn(6, 2, seed=2), _randn(6, 2, seed=3)
     assert torch.autograd.gradcheck(lambda x: value_loss(x, returns, value_old, value_clip_range, 1.0)[0], value)
+
+
+def test_moments_give_the_explained_variance_of_each_head():
+    returns = 3.0 + 2.0 * _randn(20, 4, 3, seed=1)
+    value = (0.7 * returns + _randn(20, 4, 3, seed=2)).requires_grad_()
+    _, statistics = value_loss(value, returns, target_clip=1.0)
+    assert not any(statistic.requires_grad for statistic in statistics)
+    left = statistics.error_square - statistics.error.square()
+    explained = 1.0 - left / (statistics.returns_square - statistics.returns.square())
+    flat_value, flat_returns = value.flatten(0, 1), returns.flatten(0, 1)
+    expected = 1.0 - torch.var(flat_returns - flat_value, 0) / torch.var(flat_returns, 0)
+    # E x^2 - (E x)^2 cancels the mean's square, about as large as the variance: a few dozen roundings of 1e-16.
+    torch.testing.assert_close(explained, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("value_clip_range", [None, 0.3])
+def test_ppo_loss_is_the_weighted_sum_of_its_parts(value_clip_range):
+    log_prob, log_prob_old, advantage = (_randn(8, seed=i, dtype=torch.float32) for i in range(3))
+    value, returns, value_old = (_randn(8, 1, 3, seed=i, dtype=torch.float32) for i in range(3, 6))
+    clips = PPOClips(0.2, value_clip_range, 1.0)
+    loss, statistics = ppo_loss(log_prob, log_prob_old, advantage, value, returns, value_old, clips, 0.7)
+    policy = policy_loss(log_prob, log_prob_old, advantage, 0.2)
+    critic = value_loss(value, returns, value_old, value_clip_range, 1.0)
+    assert torch.equal(loss, policy[0] + 0.7 * critic[0])
+    assert (statistics.policy_loss, statistics.value_loss) == (policy[0], critic[0])
+    assert statistics.policy == policy[1]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(statistics.value, critic[1], strict=True))
 
 
 def test_half_precision_is_widened():
@@ -103,6 +132,10 @@ def test_half_precision_is_widened():
     [
         ({"log_prob_old": torch.zeros(3)}, "log_prob_old"),
         ({"advantage": torch.zeros(4, 1)}, "advantage"),
+        ({"log_prob": torch.zeros(4, dtype=torch.int64)}, "log_prob"),
+        ({"log_prob": torch.zeros(0)}, "log_prob"),
+        ({"advantage": torch.zeros(4, dtype=torch.int64)}, "advantage"),
+        ({"log_prob_old": torch.zeros(4, device="meta")}, "log_prob_old"),
         ({"clip_range": 0.0}, "clip_range"),
         ({"clip_range": math.nan}, "clip_range"),
     ],
@@ -117,6 +150,9 @@ def test_bad_policy_argument_is_named(change, name):
     ("change", "name"),
     [
         ({"returns": torch.zeros(4, 1)}, "returns"),
+        ({"value": torch.zeros(4, dtype=torch.int32)}, "value"),
+        ({"returns": torch.zeros(4, dtype=torch.int32)}, "returns"),
+        ({"returns": torch.zeros(4, device="meta")}, "returns"),
         ({"target_clip": -1.0}, "target_clip"),
         ({"value_clip_range": 0.0}, "value_clip_range"),
         ({"value_clip_range": 0.1}, "value_old"),
@@ -126,3 +162,23 @@ def test_bad_policy_argument_is_named(change, name):
 def test_bad_value_argument_is_named(change, name):
     with pytest.raises(ValueError, match=rf"^{name} must"):
         value_loss(**({"value": torch.zeros(4), "returns": torch.zeros(4)} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"advantage": torch.zeros(3)}, "advantage"),
+        ({"returns": torch.zeros(4, 2)}, "returns"),
+        ({"value": torch.zeros(3, 2), "returns": torch.zeros(3, 2)}, "value"),
+        ({"value": torch.zeros(4, 1, device="meta"), "returns": torch.zeros(4, 1, device="meta")}, "value"),
+        ({"clips": PPOClips(-1.0)}, "clip_range"),
+        ({"clips": PPOClips(0.2, value_clip_range=math.nan)}, "value_clip_range"),
+        ({"clips": PPOClips(0.2, value_clip_range=0.1)}, "value_old"),
+        ({"clips": PPOClips(0.2, target_clip=0.0)}, "target_clip"),
+    ],
+)
+def test_bad_argument_of_the_sum_is_named(change, name):
+    arguments = {key: torch.zeros(4) for key in ("log_prob", "log_prob_old", "advantage")}
+    arguments |= {"value": torch.zeros(4, 1), "returns": torch.zeros(4, 1), "value_old": None}
+    with pytest.raises(ValueError, match=rf"^{name} must"):
+        ppo_loss(**(arguments | {"clips": PPOClips(0.2), "value_coef": 0.5} | change))

@@ -69,6 +69,10 @@ class ModelConfig(_Section):
     max_sequence_length: int = Field(
         256, ge=0, le=512, description="T5 tokens of a prompt, as in diffusers; 0 for tiny-dit, which has no T5"
     )
+    fused: bool = Field(
+        True,
+        description="Fused LayerNorm + modulation and gated residuals in the trunk's blocks (on a GPU: Triton kernels)",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time"
     )

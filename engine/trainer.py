@@ -48,6 +48,8 @@ class Trainer:
         self.sampler = PromptSampler(prompts, config.seed)
 
         self.backbone = load_backbone(config.model.pretrained, config.model.max_sequence_length)
+        if config.model.fused:
+            self.backbone.fuse()
         self.backbone.to(world.device)
         if config.model.gradient_checkpointing:
             self.backbone.trunk.enable_gradient_checkpointing()

@@ -33,6 +33,10 @@ class Backbone(ABC):
         """Moves the frozen parts; the trunk moves with the actor-critic."""
 
     @abstractmethod
+    def fuse(self) -> None:
+        """Lets the trunk's blocks run fused kernels: the same weights under the same names, on a CPU the same bits."""
+
+    @abstractmethod
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
         """Conditioning of B prompts, as the family's own pipeline computes it at guidance 1."""
 

@@ -8,6 +8,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from .base import Backbone, Conditioning, as_uint8, freeze
+from .sd3_fused import fuse
 
 
 class SD3Backbone(Backbone):
@@ -34,6 +35,9 @@ class SD3Backbone(Backbone):
         for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3):
             if part is not None:
                 part.to(device)
+
+    def fuse(self) -> None:
+        fuse(self.trunk)
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:

@@ -16,13 +16,14 @@ The tokens stay as they are in memory; statistics, softmax and products are comp
 
 `critic_pool` computes the same without a matrix product over N tokens: with one query per head, query k^T is x times
 key_weight^T query, where the shift cancels in the softmax and the scale folds into that vector; and value_weight is
-applied to the pooled token, and to the shift. What is left of N: its statistics, N x heads scores and one weighted sum.
+applied to the pooled token, and to the shift. What is left of N is `pool_tokens`: one read of the tokens.
 """
 
 import torch
 from torch import Tensor
 
-LAYER_NORM_EPS = 1e-6
+from .common import check_device, check_floating, check_rows, check_shape
+from .pool_tokens import LAYER_NORM_EPS, pool_tokens
 
 
 def critic_pool_reference(
@@ -45,17 +46,14 @@ def critic_pool_folded(
     h: Tensor, query: Tensor, key_weight: Tensor, value_weight: Tensor, scale: Tensor, shift: Tensor
 ) -> Tensor:
     dtype = torch.promote_types(h.dtype, torch.float32)
-    h, query, key_weight, value_weight, scale, shift = (
-        t.to(dtype) for t in (h, query, key_weight, value_weight, scale, shift)
+    query, key_weight, value_weight, scale, shift = (
+        t.to(dtype) for t in (query, key_weight, value_weight, scale, shift)
     )
     heads, head_dim = query.shape
     key_weight, by_head = key_weight.unflatten(0, (heads, head_dim)), value_weight.unflatten(0, (heads, head_dim))
     folded = (query.unsqueeze(1) @ key_weight).squeeze(1) * head_dim**-0.5  # [heads, D]
     scale = 1.0 + scale.unsqueeze(1)  # [B, 1, D]
-    ones, zeros = h.new_ones(h.shape[-1]), h.new_zeros(h.shape[-1])  # with them a CPU takes half the time, same bits
-    x = torch.nn.functional.layer_norm(h, h.shape[-1:], ones, zeros, LAYER_NORM_EPS)
-    weights = ((scale * folded) @ x.transpose(1, 2)).softmax(dim=-1)  # [B, heads, N]
-    pooled = (weights @ x) * scale  # [B, heads, D]
+    pooled = pool_tokens(h, scale * folded) * scale  # [B, heads, D]
     values = pooled.transpose(0, 1) @ by_head.transpose(1, 2)  # [heads, B, d]
     return torch.addmm(values.transpose(0, 1).flatten(1), shift, value_weight.T)  # the weights sum to 1
 
@@ -65,17 +63,18 @@ def critic_pool(
 ) -> Tensor:
     """Pools tokens `h` [B, N, D] into [B, heads * d], as described at the top of this file; differentiable in all.
 
-    ValueError names the argument whose shape does not fit.
+    Channels of h, scale and shift must be neighbours in memory; their rows may lie anywhere. The gradient of h is
+    computed only if h requires it. ValueError names the argument that does not fit.
     """
-    if h.ndim != 3 or not h.is_floating_point():
-        raise ValueError(f"h must be floating point [B, N, D], got {h.dtype} {list(h.shape)}")
-    if query.ndim != 2:
-        raise ValueError(f"query must be [heads, d], got {list(query.shape)}")
+    check_floating("h", h, "[B, N, D]", 3)
+    check_floating("query", query, "[heads, d]", 2)
     batch, _, dim = h.shape
     expected = {"key_weight": (query.numel(), dim), "value_weight": (query.numel(), dim)}
     expected |= {"scale": (batch, dim), "shift": (batch, dim)}
     given = {"key_weight": key_weight, "value_weight": value_weight, "scale": scale, "shift": shift}
     for name, shape in expected.items():
-        if given[name].shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {list(given[name].shape)}")
+        check_shape(name, given[name], shape)
+        check_floating(name, given[name], str(list(shape)), 2)
+    check_device("h", h, query=query, **given)
+    check_rows(h=h, scale=scale, shift=shift)
     return critic_pool_folded(h, query, key_weight, value_weight, scale, shift)

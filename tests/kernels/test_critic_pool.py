@@ -106,3 +106,27 @@ def test_gradcheck_in_every_argument():
 def test_bad_argument_is_named(name, shape):
     with pytest.raises(ValueError, match=rf"^{name} must"):
         critic_pool(**(_inputs() | {name: torch.zeros(shape, dtype=torch.float64)}))
+
+
+@pytest.mark.parametrize("name", ["h", "scale", "shift"])
+def test_channels_must_be_neighbours_in_memory(name):
+    inputs = _inputs()
+    inputs[name] = inputs[name].transpose(-1, -2).contiguous().transpose(-1, -2)
+    with pytest.raises(ValueError, match=rf"^{name} must have stride 1"):
+        critic_pool(**inputs)
+
+
+def test_rows_may_lie_anywhere():
+    inputs = _inputs()
+    chunked = {name: torch.stack((inputs[name], inputs[name]), 1)[:, 1] for name in ("scale", "shift")}
+    expanded = inputs | chunked | {"h": torch.cat((inputs["h"], inputs["h"]), -1)[..., :20]}
+    torch.testing.assert_close(critic_pool(**expanded), critic_pool(**inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["query", "key_weight", "value_weight", "scale", "shift"])
+def test_bad_device_or_dtype_is_named(name):
+    inputs = _inputs()
+    with pytest.raises(ValueError, match=rf"^{name} must be on h's device cpu"):
+        critic_pool(**(inputs | {name: inputs[name].to("meta")}))
+    with pytest.raises(ValueError, match=rf"^{name} must be floating point"):
+        critic_pool(**(inputs | {name: inputs[name].long()}))

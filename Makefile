@@ -44,10 +44,15 @@ docs: $(READY)  ## write the key table of configs/README.md from the schema
 	$(BIN)python -P -c "from latent_critic.engine import config, config_text as text; \
 		text.write_key_table(config.Config, 'configs/README.md')"
 
-bench: $(READY)  ## throughput benchmark into bench/results
+bench: $(READY)  ## kernel and throughput benchmarks into bench/results
+	$(BIN)python bench/kernels.py
 	$(BIN)python bench/throughput.py
 
-gpu: $(READY)  ## tests marked gpu and the benchmark, results into $OUT (default bench/results)
+# The kernels' own tests run on the GPU where there is one; compiling for other targets is tested where there is none.
+gpu: $(READY)  ## tests of the kernels and tests marked gpu, then both benchmarks, into $OUT (default bench/results)
 	mkdir -p "$${OUT:-bench/results}"
-	$(BIN)pytest -m gpu --junitxml="$${OUT:-bench/results}/gpu-tests.xml" $(PYTEST_ARGS)
+	$(BIN)python -m pytest $(PYTEST_ARGS) -m gpu --junitxml="$${OUT:-bench/results}/gpu-tests.xml"
+	$(BIN)python -m pytest $(PYTEST_ARGS) -m "not gpu" tests/kernels --ignore=tests/kernels/test_compiled.py \
+		--junitxml="$${OUT:-bench/results}/kernel-tests.xml"
+	$(BIN)python bench/kernels.py --output-dir "$${OUT:-bench/results}"
 	$(BIN)python bench/throughput.py --output-dir "$${OUT:-bench/results}"

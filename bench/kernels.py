@@ -13,30 +13,26 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-# This file is found under the name of a package that other libraries ask for, while its folder is on the path.
-sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+import matplotlib
+import torch
+import torch._functorch.config
+import triton
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
 
-import matplotlib  # noqa: E402
-import torch  # noqa: E402
-import torch._functorch.config  # noqa: E402
-import triton  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn import functional  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from latent_critic import kernels  # noqa: E402
-from latent_critic.kernels import adaln, ppo, transition  # noqa: E402
-from latent_critic.kernels.critic_pool import LAYER_NORM_EPS  # noqa: E402
+from latent_critic import kernels
+from latent_critic.kernels import adaln, ppo, transition
+from latent_critic.kernels.critic_pool import LAYER_NORM_EPS
 
 matplotlib.use("Agg")
 
+HERE = Path(__file__).resolve().parent
 PASSES = ("forward", "backward", "full")
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -374,13 +370,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = False  # or a compiled backward could run only once
-    machine, rows = about(), []
+    machine, rows, names = about(), [], {}
     for make in tqdm(all_cases(), desc="sizes", leave=False):
         for case in make():
+            names[case.kernel] = None
             if args.kernel in case.kernel:
                 rows += measure(case, args.rounds)
     if not rows:
-        parser.error(f"--kernel {args.kernel}: no such kernel")
+        parser.error(f"--kernel {args.kernel}: in none of {'; '.join(names)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     stem = args.output_dir / ("kernels_gpu" if ON_GPU else "kernels_cpu")
     stem.with_suffix(".json").write_text(json.dumps({"about": machine, "rows": rows}, indent=1) + "\n")

@@ -9,9 +9,13 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 import warnings
 from pathlib import Path
+
+# Python puts this folder first, where transformers would find kernels.py for the package of that name.
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import torch
 from tqdm import tqdm

@@ -334,7 +334,7 @@ def table(rows: list[dict], machine: dict) -> str:
         medians = [f"{found[name]['p50_ms']:.4f}" if name in found else "" for name in others]
         speed = [f"{found[name]['p50_ms'] / ours['p50_ms']:.2f}" if name in found else "" for name in others]
         spread = f"{ours['p50_ms']:.4f} ({ours['p20_ms']:.4f} to {ours['p80_ms']:.4f})" if best in found else ""
-        bandwidth = [f"{ours['gb_per_s']:.0f}", f"{ours['of_copy']:.0%}"] if ours["gb_per_s"] else ["", ""]
+        bandwidth = [f"{ours['gb_per_s']:.3g}", f"{ours['of_copy']:.0%}"] if ours["gb_per_s"] else ["", ""]
         lines.append("| " + " | ".join([*key, *medians, spread, *bandwidth, *speed]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -49,10 +49,12 @@ bench: $(READY)  ## kernel and throughput benchmarks into bench/results
 	$(BIN)python bench/throughput.py
 
 # The kernels' own tests run on the GPU where there is one; compiling for other targets is tested where there is none.
+# A failure does not stop what comes after it, but the exit status tells.
 gpu: $(READY)  ## tests of the kernels and tests marked gpu, then both benchmarks, into $OUT (default bench/results)
-	mkdir -p "$${OUT:-bench/results}"
-	$(BIN)python -m pytest $(PYTEST_ARGS) -m gpu --junitxml="$${OUT:-bench/results}/gpu-tests.xml"
-	$(BIN)python -m pytest $(PYTEST_ARGS) -m "not gpu" tests/kernels --ignore=tests/kernels/test_compiled.py \
-		--junitxml="$${OUT:-bench/results}/kernel-tests.xml"
-	$(BIN)python bench/kernels.py --output-dir "$${OUT:-bench/results}"
-	$(BIN)python bench/throughput.py --output-dir "$${OUT:-bench/results}"
+	@out="$${OUT:-bench/results}"; status=0; mkdir -p "$$out"; set -x; \
+	$(BIN)python -m pytest -n 8 tests/kernels --ignore=tests/kernels/test_compiled.py \
+		--junitxml="$$out/kernel-tests.xml" || status=1; \
+	$(BIN)python -m pytest -n 2 -m gpu tests/engine --junitxml="$$out/gpu-tests.xml" || status=1; \
+	$(BIN)python bench/kernels.py --rounds 20 --output-dir "$$out" || status=1; \
+	$(BIN)python bench/throughput.py --output-dir "$$out" || status=1; \
+	exit $$status

@@ -2,7 +2,7 @@
 
 from latent_critic.kernels.adaln import adaln_modulate, gate_residual
 from latent_critic.kernels.critic_pool import critic_pool
-from latent_critic.kernels.philox import NoiseKey, keyed_normal
+from latent_critic.kernels.philox import NoiseKey
 from latent_critic.kernels.ppo import (
     PolicyStatistics,
     PPOClips,
@@ -23,7 +23,6 @@ __all__ = [
     "adaln_modulate",
     "critic_pool",
     "gate_residual",
-    "keyed_normal",
     "policy_loss",
     "ppo_loss",
     "transition_log_prob",

@@ -69,12 +69,14 @@ def critic_pool(
     check_floating("h", h, "[B, N, D]", 3)
     check_floating("query", query, "[heads, d]", 2)
     batch, _, dim = h.shape
-    expected = {"key_weight": (query.numel(), dim), "value_weight": (query.numel(), dim)}
-    expected |= {"scale": (batch, dim), "shift": (batch, dim)}
-    given = {"key_weight": key_weight, "value_weight": value_weight, "scale": scale, "shift": shift}
-    for name, shape in expected.items():
-        check_shape(name, given[name], shape)
-        check_floating(name, given[name], str(list(shape)), 2)
-    check_device("h", h, query=query, **given)
+    weights, modulation = {"key_weight": key_weight, "value_weight": value_weight}, {"scale": scale, "shift": shift}
+    for given, dims, shape in (
+        (weights, "[heads * d, D]", (query.numel(), dim)),
+        (modulation, "[B, D]", (batch, dim)),
+    ):
+        for name, x in given.items():
+            check_floating(name, x, dims, 2)
+            check_shape(name, x, shape)
+    check_device("h", h, query=query, **weights, **modulation)
     check_rows(h=h, scale=scale, shift=shift)
     return critic_pool_folded(h, query, key_weight, value_weight, scale, shift)

@@ -379,24 +379,21 @@ def _width(dim: int) -> int:
     return min(max(triton.next_power_of_2(dim) // WARPS.value, 16), 64)
 
 
-def _token_bytes(dim: int, itemsize: int) -> int:
-    """Of a token in shared memory, where D is whole chunks."""
-    chunk = WARPS.value * _width(dim)
-    return triton.cdiv(dim, chunk) * chunk * itemsize
-
-
 @torch.compiler.assume_constant_result  # torch.compile need not follow it
-def _fits(dim: int, itemsize: int, device: torch.device) -> bool:
-    """Whether a program's sums fit into its registers, and its q and a tile of tokens into shared memory."""
+def _widest(itemsize: int, device: torch.device) -> int:
+    """The largest D whose sums fit into a program's registers, and its q and a tile of tokens into shared memory."""
+    chunk = WARPS.value * 64 * itemsize  # bytes of a token, which takes whole chunks
     if torch.version.hip:
-        return _token_bytes(dim, itemsize) <= 4096
+        return 4096 // chunk * WARPS.value * 64
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return _token_bytes(dim, itemsize) <= min(6144, (shared - 8192) // 32)
+    return min(6144, (shared - 8192) // 32) // chunk * WARPS.value * 64
 
 
 def _layout(h: Tensor, heads: int) -> tuple[int, int, int, dict]:
     """Programs, splits, tokens of a split, and what the kernels that walk through the tokens are compiled for."""
     batch, tokens, dim = h.shape
+    chunk = WARPS.value * _width(dim)
+    token_bytes = triton.cdiv(dim, chunk) * chunk * h.itemsize  # of shared memory
     length = TILE.value * min(max(triton.cdiv(tokens, 8 * TILE.value), 1), 8)  # 8 splits, or more of 128 tokens
     splits = triton.cdiv(tokens, length)
     rocm = torch.version.hip is not None
@@ -407,7 +404,7 @@ def _layout(h: Tensor, heads: int) -> tuple[int, int, int, dict]:
         "PARTS": 2 if h.itemsize == 2 else 1,
         "WIDTH": _width(dim),
         # Two tiles in shared memory, one arriving and one at work, or for wide tokens one; ROCm has room for none.
-        "STAGES": 1 if rocm else 3 if _token_bytes(dim, h.itemsize) <= 3072 else 2,
+        "STAGES": 1 if rocm else 3 if token_bytes <= 3072 else 2,
         "num_warps": WARPS.value,
         "enable_fp_fusion": True,  # nothing here is compared bit by bit with another kernel
     }
@@ -526,6 +523,6 @@ def pool_tokens(h: Tensor, q: Tensor) -> Tensor:
     The kernels take tokens of 4096 bytes (D = 2048 in half precision), or 6144 where a program has 208 KB of shared
     memory, as on Hopper. Wider ones go through PyTorch.
     """
-    if runs_kernels(h) and _fits(h.shape[2], h.itemsize, h.device):
+    if runs_kernels(h) and h.shape[2] <= _widest(h.itemsize, h.device):
         return launch_pool(h, q)[0]
     return pool_tokens_reference(h, q)

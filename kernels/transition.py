@@ -19,6 +19,7 @@ latent dimensions, not their sum, as in Flow-GRPO (arXiv 2505.05470) and DDPO (a
 
 The kernels read each input once and write each output once. A sample is cut into tiles whose sums are written down and
 added up by a second, tiny kernel: no atomics, and an order of addition that depends on the latent's size alone.
+The step and its log-probability are one kernel, compiled twice: they round alike.
 """
 
 import math
@@ -205,9 +206,15 @@ def _transition_backward_kernel(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B, n] with neighbouring elements, in place where the memory allows it, else copied."""
+    """[B, n] with neighbouring elements, in place where the memory allows it, else copied.
+
+    Triton divides a tile among threads, and so orders its sum, by what it knows to be divisible by 16: rows that are
+    not aligned as a new tensor's are copied too, or the log-probability of a step could change in its last bit.
+    """
     x = x.flatten(1)
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    n = x.shape[1]
+    aligned = x.data_ptr() % 16 == 0 and (x.stride(0) % 16 == 0) == (n % 16 == 0)
+    return x if aligned and (x.stride(1) == 1 or n == 1) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _stride(x: Tensor | None) -> int:
@@ -353,7 +360,8 @@ def _validate(v: Tensor, z: Tensor, table: Tensor, step: int | Tensor, **latents
         if x.dtype != z.dtype or x.shape != z.shape:
             refuse(name, f"have z's type and shape, {z.dtype} {list(z.shape)}", f"{x.dtype} {list(x.shape)}")
     if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != 3 or not table.is_contiguous():
-        refuse("table", "be contiguous float32 [K, 3]", f"{table.dtype} {list(table.shape)}")
+        given = f"{table.dtype} {list(table.shape)}, strides {list(table.stride())}"
+        refuse("table", "be contiguous float32 [K, 3]", given)
     check_device("z", z, v=v, table=table, **latents)
     if isinstance(step, int):
         if not 0 <= step < table.shape[0]:
@@ -366,7 +374,8 @@ def _validate(v: Tensor, z: Tensor, table: Tensor, step: int | Tensor, **latents
 def _validate_key(key: NoiseKey, z: Tensor) -> None:
     for name, x, shape in (("noise.seed", key.seed, ()), ("noise.samples", key.samples, (z.shape[0],))):
         if x.dtype != torch.int64 or x.shape != shape or not x.is_contiguous():
-            refuse(name, f"be contiguous int64 {list(shape)}", f"{x.dtype} {list(x.shape)}")
+            given = f"{x.dtype} {list(x.shape)}, strides {list(x.stride())}"
+            refuse(name, f"be contiguous int64 {list(shape)}", given)
         check_device("z", z, **{name: x})
 
 

@@ -72,8 +72,10 @@ def test_step_on_the_device(dtype):
         assert all(torch.equal(a, b) for a, b in zip(by_number, by_tensor, strict=True))
 
 
-def test_bits_do_not_depend_on_batch_or_layout():
-    v, z, noise = _randn((4, 5, 7, 9))
+# 1000 and 24 are divisible by 8 alone: two of them, as the rows of [N, 2, n], by 16.
+@pytest.mark.parametrize("shape", [(4, 5, 7, 9), (4, 10, 10, 10), (4, 2, 3, 4), (4, 4, 16, 16)])
+def test_bits_do_not_depend_on_batch_or_layout(shape):
+    v, z, noise = _randn(shape)
     z_next, log_prob = _step(v, z, noise, 0)
     alone = _step(v[2:3], z[2:3], noise[2:3], 0)
     assert torch.equal(alone[0][0], z_next[2]) and torch.equal(alone[1][0], log_prob[2])

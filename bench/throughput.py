@@ -51,6 +51,7 @@ def build(args: argparse.Namespace, world, sharded: bool):
     )
     torch.manual_seed(0)
     backbone = load_backbone(args.pretrained, args.max_sequence_length)
+    backbone.fuse()
     backbone.to(world.device)
     model = ActorCritic(backbone, config.critic, ["composition"]).eval()
     model.to(world.device, resolve_dtype("auto", world.device))

@@ -2,7 +2,7 @@
 
 import os
 
-# MKL reads this at its first product. Without it a product of few rows may take another path, with other last bits, for
-# every address its inputs have modulo 64 (seen on an AMD EPYC): then the ratio of a fresh batch is not exactly 1, and a
-# rollout depends on where its weights lie. It costs no time.
+# MKL reads this at its first product. Without it the last bits of a product of few rows may depend on the addresses of
+# its inputs (seen on an AMD EPYC, where a rollout's values differed with sharded weights); what is reproducible here, the
+# ratio of a fresh batch among it, must not. No cost was measurable.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

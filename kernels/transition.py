@@ -33,8 +33,10 @@ from .common import EXACT, check_device, on_device, refuse, runs_kernels
 from .philox import NoiseKey, keyed_normal, normal_tile
 
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
-BLOCK = 1024  # numbers a program takes: 8 a thread, enough bytes in flight; with 16, drawn noise spills on sm_100
-BACKWARD_BLOCK = 2048  # 16 a thread: the bfloat16 gradient, too, is stored 16 bytes at a time
+# Numbers a program takes: 8 a thread, so that bfloat16 too is read 16 bytes at a time; with 16, drawn noise spills on
+# sm_100. The backward takes 16 a thread, 8 on ROCm, whose warps have 64 threads.
+BLOCK = 1024
+BACKWARD_BLOCK = 2048
 LOG_NORMALISER = tl.constexpr(HALF_LOG_2PI)
 
 # --------------------------------------------------------------------------------------------------------- reference
@@ -233,7 +235,7 @@ def _launch(v, z, noise, z_next, v_ref, table, step, step_number, seed, samples,
     with on_device(z):
         _transition_kernel[(batch * tiles,)](
             v, z, noise, z_next, v_ref, squares, distances, table, step, seed, samples, step_number, n, *strides,
-            STEP=is_step, BLOCK=BLOCK, num_warps=4, **EXACT,
+            STEP=is_step, BLOCK=BLOCK, num_warps=2 if torch.version.hip else 4, **EXACT,
         )  # fmt: skip
         _transition_finish_kernel[(batch,)](
             squares, distances, log_prob, distance, table, step, step_number, n, tiles,

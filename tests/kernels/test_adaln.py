@@ -196,8 +196,10 @@ def test_extreme_tokens(poisoned_outputs):
     expected = torch.nn.functional.layer_norm(wide[0], (200,), eps=1e-6) * (1 + wide[1])[:, None] + wide[2][:, None]
     found = _modulate_kernel(x, scale, shift)
     _assert_close(found, expected, _roundings(200) * EPS * _modulate_size(*wide))
-    # The mean of a constant may be a unit in the last place off, and rstd is 1000 there.
-    assert ((found[0, :2] - shift).abs() <= 1000 * 3 * EPS * (1 + scale).abs()).all()
+    assert torch.equal(found[0, 1], shift[0])
+    # A GPU's approximate division may miss the mean of a constant by a unit in the last place, and rstd is 1000 there.
+    off = 1000 * 3 * EPS * (1 + scale[0]).abs() if DEVICE == "cuda" else 0.0
+    assert ((found[0, 0] - shift[0]).abs() <= off).all()
     gradient, theirs = torch.autograd.grad(found.sum(), x)[0], torch.autograd.grad(expected.sum(), wide[0])[0]
     size = wide[0].detach().abs().amax(2, keepdim=True) * (wide[0].detach().var(2, keepdim=True) + 1e-6).rsqrt() + 1
     rstd = (wide[0].detach().var(2, unbiased=False, keepdim=True) + 1e-6).rsqrt()

@@ -31,8 +31,16 @@ class ActorCritic(nn.Module):
                 f"critic.taps: {self.tap_indices} - this model has blocks 0 to {backbone.depth - 1}; "
                 f'use "auto" ({backbone.default_taps()}) or list some of them'
             )
+        tap_widths = [backbone.tap_width(i) for i in self.tap_indices]
+        if len(set(tap_widths)) > 1:
+            given = ", ".join(f"block {i} is {d} wide" for i, d in zip(self.tap_indices, tap_widths, strict=True))
+            every = ", ".join(str(backbone.tap_width(i)) for i in range(backbone.depth))
+            raise UserError(
+                f"critic.taps: {self.tap_indices} - the critic reads one width, but {given}; "
+                f'use "auto" ({backbone.default_taps()}) or list blocks of one width (from block 0: {every})'
+            )
         taps, rewards = len(self.tap_indices), len(reward_names)
-        widths = backbone.width, backbone.text_width
+        widths = tap_widths[0], backbone.text_width
         self.critic = Critic(*widths, taps, rewards, config.dim, config.num_heads, config.timestep_adaln)
         self._tapped = [self._tap(index) for index in self.tap_indices]
 
@@ -82,7 +90,8 @@ class ActorCritic(nn.Module):
         if guidance > 1:
             without, with_prompt = prediction.chunk(2)
             prediction = without + guidance * (with_prompt - without)
-            features = [tokens.chunk(2)[1] for tokens in features]
+            features = [tapped.chunk(2)[1] for tapped in features]
         if self.detach:
-            features = [tokens.detach() for tokens in features]
-        return prediction, self.critic(*features, timesteps=timesteps, pooled_text=pooled_text)
+            features = [tapped.detach() for tapped in features]
+        tokens = [self.backbone.tokens(tapped) for tapped in features]
+        return prediction, self.critic(*tokens, timesteps=timesteps, pooled_text=pooled_text)

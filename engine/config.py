@@ -67,7 +67,10 @@ class ModelConfig(_Section):
         "auto", description="Dtype of the model; `auto` is float32 on CPU and bfloat16 on GPU. Latents stay float32"
     )
     max_sequence_length: int = Field(
-        256, ge=0, le=512, description="T5 tokens of a prompt, as in diffusers; 0 for tiny-dit, which has no T5"
+        256,
+        ge=0,
+        le=512,
+        description="T5 tokens of a prompt, as in diffusers; 0 for tiny-dit, which has no T5. UNets have none",
     )
     fused: bool = Field(
         True,
@@ -75,6 +78,19 @@ class ModelConfig(_Section):
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time"
+    )
+    attention_backend: str = Field(
+        "auto",
+        min_length=1,
+        description="Attention by diffusers' name for it (`native`, `_native_cudnn`, `flash`, `_flash_3_hub`, ...), "
+        "tried before the run, forward and backward. `auto` is `native`, where torch chooses the kernel: it runs "
+        "everywhere, and no other was measured",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile each block of the trunk, a minute or more at the start. On a CPU: 10 % less time of "
+        "tiny-dit's passes, and the first ratio stays exactly 1; on a GPU neither was measured, so watch "
+        "`first_ratio_deviation`",
     )
 
 
@@ -121,6 +137,19 @@ class RolloutConfig(_Section):
         description="Images of a rank in one forward pass, at most: a rank's share of an update may be smaller. "
         "Lower it if memory runs out",
     )
+    weights: Literal["auto", "copy", "sharded"] = Field(
+        "auto",
+        description="Weights that sample: whole ones beside the shards if memory allows (`auto`: at no cost where a "
+        "process holds them whole anyway), always a full copy (`copy`), or gathered again for each forward (`sharded`)",
+    )
+    cuda_graph: Literal["off", "step", "loop"] = Field(
+        "step",
+        description="On a GPU: replay a captured denoising step (`step`), all of them at once (`loop`: fewer launches, "
+        "a longer capture), or run each from Python (`off`)",
+    )
+    check_addresses: bool = Field(
+        False, description="For debugging: before each replay, check that no tensor has moved that a graph reads"
+    )
     num_trained_steps: int | None = Field(
         None,
         ge=1,
@@ -137,7 +166,9 @@ class CriticConfig(_Section):
         description="Heads read the policy's features without gradient into the trunk, or with it (`shared`)",
     )
     taps: list[Annotated[int, Field(ge=0)]] | Literal["auto"] = Field(
-        "auto", description="Blocks (from 0) whose features are read; `auto` spreads them as 7, 15, 23 of SD3.5-M's 24"
+        "auto",
+        description="Blocks (from 0) whose features are read, of one width; `auto` spreads them as 7, 15, 23 of "
+        "SD3.5-M's 24. A UNet's are numbered down, mid, up (SD1.5: 0-3, 4, 5-8; `auto` is 4, 5, 6)",
     )
     dim: int = Field(64, ge=1, description="Width of a critic token")
     num_heads: int = Field(4, ge=1, description="Heads of the attention pooling; divides `dim`")
@@ -210,6 +241,13 @@ class TrainingConfig(_Section):
     )
     updates_per_iteration: int = Field(
         4, ge=1, description="Optimizer steps an iteration, one pass over its samples in all (arXiv 2605.27736: 4)"
+    )
+    steps_per_forward: int = Field(
+        1,
+        ge=1,
+        description="Denoising steps of a sample in one training forward: fewer, larger passes, and so many times the "
+        "activations. On a GPU products of another shape may round otherwise than the rollout's, and the first ratio "
+        "then is not exactly 1",
     )
     value_pretraining_iterations: int = Field(
         15, ge=0, description="Critic-only iterations on the frozen policy before PPO; 15 is best, longer hurts"

@@ -1,6 +1,5 @@
 """Held-out evaluation: the same prompts, seeds and sampler each time."""
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backbones.base import Backbone, timestep_of
+from .backbones.base import Backbone
 from .config import Config
 from .embedded.scenes import parse
 from .errors import UserError
-from .prompt_cache import PromptCache
 from .prompts import Prompt
 from .reward_stats import RunningStandardizer
 from .rewards import Reward
-from .rollout import Model, rollout
+from .rollout import Rollout
 from .scoring import Scoring
 from .sharding import World
-from .transitions import ode_table
+from .transitions import Schedule
 
 
 @dataclass
@@ -77,26 +75,24 @@ class Evaluator:
         config: Config,
         world: World,
         backbone: Backbone,
-        encode: PromptCache,
         prompts: list[Prompt],
         trained: list[Reward],
         watched: list[Reward],
-        table: Tensor,
-        timesteps: Tensor,
+        schedule: Schedule,
     ):
-        self.config, self.world, self.backbone, self.encode = config, world, backbone, encode
+        self.config, self.world, self.backbone = config, world, backbone
         self.prompts = [prompts[i % len(prompts)] for i in range(config.evaluation.num_prompts)]
         self.trained = trained
         names = {reward.name for reward in trained}
         self.rewards = trained + [reward for reward in watched if reward.name not in names]
-        self.table, self.timesteps = table, timesteps
+        self.schedule = schedule
+        ode = backbone.schedule("ode", 0.0, config.evaluation.num_inference_steps)
+        self.ode = ode.to(world.device)
 
-    def __call__(self, model: Model, standardizer: RunningStandardizer) -> Evaluation:
+    def __call__(self, rollout: Rollout, standardizer: RunningStandardizer) -> Evaluation:
         options, trained_guidance = self.config.evaluation, self.config.rollout.guidance_scale
-        sigmas = self.backbone.sigmas(options.num_inference_steps)
-        ode = ode_table(sigmas), timestep_of(sigmas[:-1])
-        images, scores, _ = self._sample(model, *ode, options.guidance_scale, self.rewards)
-        _, earned, values = self._sample(model, self.table, self.timesteps, trained_guidance, self.trained)
+        images, scores, _ = self._sample(rollout, self.ode, options.guidance_scale, self.rewards)
+        _, earned, values = self._sample(rollout, self.schedule, trained_guidance, self.trained)
         standardized = standardizer.standardize(earned) if standardizer.count > 0 else earned
         returns = standardized[:, None].expand_as(values)
         count = options.num_prompts
@@ -109,7 +105,7 @@ class Evaluator:
             returns[:count],
         )
 
-    def _sample(self, model: Model, table: Tensor, timesteps: Tensor, guidance: float, rewards: list[Reward]):
+    def _sample(self, rollout: Rollout, schedule: Schedule, guidance: float, rewards: list[Reward]):
         """Images (first GRID), scores and values of all prompts, in their order, on every rank."""
         world = self.world
         padded = -(-len(self.prompts) // world.size)  # every rank takes as many, since ZeRO-3 gathers together
@@ -117,17 +113,11 @@ class Evaluator:
         mine = [self.prompts[i % len(self.prompts)] for i in indices.tolist()]
         scoring = Scoring(self.backbone, rewards)
         trajectory = rollout(
-            functools.partial(model, guidance_scale=guidance),
-            self.encode,
             mine,
             indices,
-            table=table,
-            timesteps=timesteps,
-            latent_shape=self.backbone.latent_shape,
+            schedule=schedule,
             seed=self.config.evaluation.seed,
-            micro_batch_size=self.config.rollout.micro_batch_size,
-            device=world.device,
-            guided=guidance > 1,
+            guidance_scale=guidance,
             finished=scoring.submit,
         )
         images, scores = scoring.result()

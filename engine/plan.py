@@ -1,5 +1,6 @@
 """What a run is going to be, said before it starts."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from .actor_critic import ActorCritic
 from .config import Config
+from .cores import Cores
 from .sharding import World, resolve_dtype
 
 
@@ -18,18 +20,28 @@ def count(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One micro-batch through the unsharded actor-critic, on this machine."""
+    """A micro-batch's way through the unsharded actor-critic, on this machine."""
 
-    forward: float  # seconds without gradient
-    training: float  # seconds of a forward and its backward
-    activations: int  # bytes kept for the backward
+    rollout: float  # seconds of a denoising step; side by side with others its share of the time
+    forward: float  # seconds a denoising step of a forward without gradient, in an update
+    training: float  # seconds a denoising step of a forward and its backward
+    activations: int  # bytes that a training forward keeps for its backward
 
 
-def measure(model: ActorCritic, *inputs) -> Measurement:
-    """Times the second pass of each kind and counts what autograd keeps. Leaves no gradients behind."""
-    with torch.no_grad():
-        forward = _seconds(lambda: model(*inputs)[1].sum().item())
-    training = _seconds(lambda: _loss(model(*inputs)).backward())
+def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> Measurement:
+    """Times the second pass of each kind and counts what autograd keeps. Leaves no gradients behind.
+
+    inputs: of one micro-batch, as the model takes them; on a CPU `cores` of them are sampled side by side.
+    """
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(*inputs)[1].sum().item()
+
+    rollout = _seconds(forward) / cores
+    inputs = [*(_repeat(x, steps_per_forward) for x in inputs[:3]), *inputs[3:]]  # the unconditional prompt is one row
+    alone = _seconds(forward, cores) / steps_per_forward
+    training = _seconds(lambda: _loss(model(*inputs)).backward(), cores) / steps_per_forward
     kept: dict[int, int] = {}
 
     def count_bytes(tensor):
@@ -42,7 +54,13 @@ def measure(model: ActorCritic, *inputs) -> Measurement:
     weights = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.data_ptr() in kept)
     del loss
     model.zero_grad(set_to_none=True)
-    return Measurement(forward, training, max(0, sum(kept.values()) - weights))
+    return Measurement(rollout, alone, training, max(0, sum(kept.values()) - weights))
+
+
+def _repeat(x: torch.Tensor | dict, times: int) -> torch.Tensor | dict:
+    if isinstance(x, dict):
+        return {name: _repeat(tensor, times) for name, tensor in x.items()}
+    return x.repeat_interleave(times, 0)
 
 
 def _loss(outputs) -> torch.Tensor:
@@ -50,36 +68,49 @@ def _loss(outputs) -> torch.Tensor:
     return prediction.square().mean() + values.square().mean()
 
 
-def _seconds(run) -> float:
-    for _ in range(2):
+def _seconds(run, cores: int = 1) -> float:
+    """Of the second run; of two cores or more on as many or on one, as is faster."""
+    passes, fastest = Cores(cores), math.inf
+    for _ in range(2 if cores == 1 else 4):
         begin = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        with passes.one_pass("measured"):
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-    return seconds
+        fastest = min(fastest, seconds)
+    return seconds if cores == 1 else fastest
 
 
-def describe_plan(config: Config, world: World, model: ActorCritic, trained_steps: int, cost: Measurement) -> str:
+def describe_plan(
+    config: Config,
+    world: World,
+    model: ActorCritic,
+    trained_steps: int,
+    cost: Measurement,
+    attention: str,
+    weights: str,
+    rollout_runs: str,
+) -> str:
     """A few lines: model, batch arithmetic, memory of the training state, predicted time.
 
-    The time is that of the model alone; decoding, rewards and sharding come on top.
+    attention, weights, rollout_runs: which implementation runs, where the weights that sample are, and how a rollout
+    runs, in words. The time is that of the model alone; decoding, rewards and sharding come on top.
     """
     rollout, training = config.rollout, config.training
     dtype = resolve_dtype(config.model.dtype, world.device)
     policy, critic = count(model.trunk), count(model.critic)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     state = (policy + critic) * _state_bytes(dtype, stage, world.size)
-    copy = (policy + critic) * dtype.itemsize  # see inference_copy.py
     batches = rollout.samples_per_iteration // (rollout.micro_batch_size * world.size)
     steps = rollout.num_inference_steps
-    pretraining = batches * cost.forward * steps * (1 + training.value_pretraining_epochs)
+    pretraining = batches * steps * (cost.rollout + cost.forward * training.value_pretraining_epochs)
     critic_only = steps * training.critic_epochs
-    iteration = batches * (cost.forward * (steps + critic_only) + cost.training * trained_steps)
+    iteration = batches * (cost.rollout * steps + cost.forward * critic_only + cost.training * trained_steps)
     length = training.value_pretraining_iterations + training.iterations
     evaluations = 1 + (-(-length // config.evaluation.every) if config.evaluation.every else 1)
     per_evaluation = -(-config.evaluation.num_prompts // (rollout.micro_batch_size * world.size))
-    evaluation = cost.forward * per_evaluation * (steps + config.evaluation.num_inference_steps)
+    evaluation = cost.rollout * per_evaluation * (steps + config.evaluation.num_inference_steps)
     total = (
         training.value_pretraining_iterations * pretraining + training.iterations * iteration + evaluations * evaluation
     )
@@ -92,8 +123,10 @@ def describe_plan(config: Config, world: World, model: ActorCritic, trained_step
         "iteration": f"{rollout.samples_per_iteration} samples in micro-batches of {rollout.micro_batch_size}, "
         f"{training.updates_per_iteration} updates",
         "rewards": ", ".join(f"{reward.name} x {reward.weight:g}" for reward in config.rewards),
-        "memory": f"{state / 2**20:,.0f} MiB of weights, gradients and optimizer, {copy / 2**20:,.0f} MiB of "
-        f"weights to sample with, {cost.activations / 2**20:,.0f} MiB of activations, a process",
+        "rollout": f"{rollout_runs}; weights: {weights}",
+        "attention": attention,
+        "memory": f"{state / 2**20:,.0f} MiB of weights, gradients and optimizer, "
+        f"{cost.activations / 2**20:,.0f} MiB of activations, a process",
         "length": f"{training.value_pretraining_iterations} value-pretraining + {training.iterations} PPO iterations, "
         f"about {_duration(total)} ({iteration:.1f} s an iteration)",
     }

@@ -1,76 +1,162 @@
-"""Sampling with the actor-critic, one denoising step at a time."""
+"""Sampling with the actor-critic: trajectories of many prompts, micro-batch by micro-batch."""
 
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import closing, nullcontext
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.transition import transition_step
+from .actor_critic import ActorCritic
 from .backbones.base import Conditioning
+from .denoising import DenoisingLoop
 from .noise import keyed_noise
 from .prompt_cache import PromptCache
 from .prompts import Prompt
 from .trajectory import Trajectory, concatenate
+from .transitions import Schedule
+from .trunk_clock import TrunkClock
 
-Model = Callable[..., tuple[Tensor, Tensor]]  # as ActorCritic
 T = TypeVar("T")
 
 
-@torch.no_grad()
-def rollout(
-    model: Model,
-    encode: PromptCache,
-    prompts: Sequence[Prompt],
-    sample_indices: Tensor,
-    *,
-    table: Tensor,
-    timesteps: Tensor,
-    latent_shape: tuple[int, int, int],
-    seed: int,
-    micro_batch_size: int,
-    device: torch.device,
-    guided: bool = False,
-    finished: Callable[[Trajectory], None] = lambda part: None,
-) -> Trajectory:
-    """Draws one trajectory per prompt.
+class _MicroBatch(NamedTuple):
+    rows: slice
+    noises: Tensor  # [K + 1, B, C, H, W], the initial latents first
+    conditioning: Conditioning  # on the device
 
-    table: float32 [K, 3] of `transitions`; timesteps: float32 [K]; sample_indices: int64 [N], global, which key the
-    noise. The update later sees the same micro-batches, so that its probability ratio starts at exactly 1. N must be a
-    multiple of micro_batch_size there; here the last batch may be short. `finished` is called with each micro-batch.
+
+class Rollout:
+    """Draws one trajectory a prompt.
+
+    models: modules over the same weights; with several, as many micro-batches are drawn side by side, a thread each
+    (for the cores of a CPU). graph, check_addresses: see DenoisingLoop. The update later sees the same micro-batches,
+    so that its probability ratio starts at exactly 1.
     """
-    table, timesteps = table.to(device), timesteps.to(device)
-    unconditional = encode([""], device) if guided else None
-    parts = []
-    batches = [slice(start, start + micro_batch_size) for start in range(0, len(prompts), micro_batch_size)]
-    draws = range(len(timesteps) + 1)
-    noise_of = ([keyed_noise(seed, sample_indices[batch], k, latent_shape) for k in draws] for batch in batches)
-    for batch, (initial, *noises) in zip(batches, one_ahead(noise_of), strict=True):
-        chosen = list(prompts[batch])
-        conditioning = encode([prompt.text for prompt in chosen], device)
-        z = initial.to(device)
-        latents, log_probs, values = [z], [], []
-        for k in range(len(timesteps)):
-            v, value = model(z, timesteps[k].expand(len(z)), conditioning, unconditional)
-            z, log_prob = transition_step(v, z, noises[k].to(device), table, k)
-            latents.append(z)
-            log_probs.append(log_prob)
-            values.append(value)
-        parts.append(
-            Trajectory(
-                latents=torch.stack(latents, 1),
-                log_probs=torch.stack(log_probs, 1),
-                values=torch.stack(values, 1),
-                timesteps=timesteps,
-                table=table,
-                conditioning=conditioning,
-                prompts=chosen,
-                sample_indices=sample_indices[batch],
-            )
+
+    def __init__(
+        self,
+        models: Sequence[ActorCritic],
+        encode: PromptCache,
+        latent_shape: tuple[int, int, int],
+        micro_batch_size: int,
+        device: torch.device,
+        clock: TrunkClock | None = None,
+        graph: str = "off",
+        check_addresses: bool = False,
+    ):
+        self.models, self.encode, self.latent_shape = models, encode, latent_shape
+        self.micro_batch_size, self.device, self.clock = micro_batch_size, device, clock
+        self.graph, self.check_addresses = graph, check_addresses
+        self._loops: dict[tuple, DenoisingLoop] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and graph != "off" else None
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        sample_indices: Tensor,
+        *,
+        schedule: Schedule,
+        seed: int,
+        guidance_scale: float | None = None,
+        finished: Callable[[int, Trajectory], None] = lambda start, part: None,
+    ) -> Trajectory:
+        """schedule: on the device, the same object again for the same sampler, since a loop is kept for it.
+
+        sample_indices: int64 [N], global, which key the noise. guidance_scale: None is the trained one. `finished` is
+        called with each micro-batch and the number of its first sample, in any order and from several threads.
+        """
+        guidance = self.models[0].guidance_scale if guidance_scale is None else guidance_scale
+        self.encode.prepare([prompt.text for prompt in prompts])
+        unconditional = self.encode([""]) if guidance > 1 else None
+        size = min(self.micro_batch_size, len(prompts))
+        starts = range(0, len(prompts), size)
+        batches = one_ahead(
+            self._prepare(slice(start, start + size), prompts, sample_indices, seed, len(schedule.timesteps))
+            for start in starts
         )
-        finished(parts[-1])
-    return concatenate(parts)
+        parts: dict[int, Trajectory] = {}
+        turn, stop = threading.Lock(), threading.Event()
+
+        def draw(worker: int) -> None:
+            loop = None
+            while not stop.is_set():
+                with turn:
+                    batch = next(batches, None)
+                    if batch is None:
+                        return
+                    if loop is None:
+                        loop = self._loop(worker, schedule, size, batch.conditioning, unconditional, guidance)
+                with self.clock.span() if self.clock and loop.is_captured else nullcontext():
+                    latents, log_probs, values = loop(batch.noises, batch.conditioning)
+                part = Trajectory(
+                    latents,
+                    log_probs,
+                    values,
+                    timesteps=schedule.timesteps,
+                    table=schedule.table,
+                    conditioning=batch.conditioning,
+                    prompts=list(prompts[batch.rows]),
+                    sample_indices=sample_indices[batch.rows],
+                )
+                parts[batch.rows.start] = part
+                finished(batch.rows.start, part)
+
+        workers = min(len(self.models), len(starts))
+        with closing(batches):
+            if workers == 1:
+                draw(0)
+            else:
+                with ThreadPoolExecutor(workers, "rollout") as threads:
+                    working = [threads.submit(draw, worker) for worker in range(workers)]
+                    try:
+                        for worker in working:
+                            worker.result()
+                    finally:
+                        stop.set()  # where one has failed the others end with the micro-batch they have
+        return concatenate([parts[start] for start in starts])
+
+    def describe(self) -> str:
+        """How steps run, for the run's plan."""
+        if self.device.type == "cpu":
+            count = len(self.models)
+            return f"{count} micro-batch{'es side by side, a core each' if count > 1 else ' at a time'}"
+        replayed = {"step": "a captured CUDA graph of a step", "loop": "a captured CUDA graph of all steps"}
+        return replayed.get(self.graph, "each step from Python")
+
+    def close(self) -> None:
+        """Gives back the memory of the loops; the next call makes them anew."""
+        for loop in self._loops.values():
+            loop.close()
+        self._loops.clear()
+
+    def _prepare(self, rows: slice, prompts: Sequence[Prompt], sample_indices: Tensor, seed: int, steps: int):
+        conditioning = self.encode([prompt.text for prompt in prompts[rows]])
+        noises = [keyed_noise(seed, sample_indices[rows], k, self.latent_shape) for k in range(steps + 1)]
+        noises = torch.stack(noises)
+        # From pinned memory a copy to the GPU does not hold up the host.
+        return _MicroBatch(rows, noises.pin_memory() if self.device.type == "cuda" else noises, conditioning)
+
+    def _loop(self, worker, schedule, size, conditioning, unconditional, guidance: float) -> DenoisingLoop:
+        key = (worker, id(schedule), size, guidance)  # the loop keeps the schedule, and so its id
+        if key not in self._loops:
+            inputs = (self.models[worker], schedule, self.latent_shape, size, conditioning, unconditional, guidance)
+            try:
+                loop = DenoisingLoop(*inputs, self.graph, self._pool, self.check_addresses)
+            except RuntimeError as error:
+                if self.graph == "off" or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    print(f"rollouts run without a CUDA graph: a step cannot be captured: {reason}", file=sys.stderr)
+                self.graph = "off"
+                loop = DenoisingLoop(*inputs)
+            self._loops[key] = loop
+        return self._loops[key]
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:

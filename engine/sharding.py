@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .actor_critic import ActorCritic
 from .config import Config
+from .cores import cores_of_this_process
 from .errors import UserError
 from .optimizer import PhasedAdamW
 from .units import make_units
@@ -28,6 +29,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    cores: int = 1  # of a CPU, for this process to compute on
 
     @property
     def is_main(self) -> bool:
@@ -42,11 +44,12 @@ def init_distributed() -> World:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    on_gpu = torch.cuda.is_available()
+    on_gpu, cores = torch.cuda.is_available(), 1
     if not on_gpu:
         # Otherwise DeepSpeed compiles its shared-memory collectives at start: a minute, and a lock if interrupted.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # the last core decodes and scores: see scoring.py
+        cores = cores_of_this_process()
+        torch.set_num_threads(1)
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=None
     )
@@ -54,7 +57,7 @@ def init_distributed() -> World:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return World(dist.get_rank(), dist.get_world_size(), device, cores)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -67,13 +70,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpeedEngine:
     """Wraps the actor-critic, already of its dtype, in DeepSpeed: policy and critic are parameter groups of their own.
 
+    The policy is what requires a gradient of the trunk: with LoRA, the adapters.
     Raises UserError where DeepSpeed refuses the `deepspeed` section.
     """
     options = config.optimizer
     dtype = resolve_dtype(config.model.dtype, world.device)
+    policy = [parameter for parameter in model.trunk.parameters() if parameter.requires_grad]
     optimizer = PhasedAdamW(
         [
-            {"params": [p for p in model.trunk.parameters() if p.requires_grad], "lr": options.policy_lr},
+            {"params": policy, "lr": options.policy_lr},
             {"params": list(model.critic.parameters()), "lr": options.critic_lr},
         ],
         betas=options.betas,
@@ -95,14 +100,19 @@ def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpe
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
     except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
         raise UserError(f"deepspeed: DeepSpeed refuses this section: {error}") from error
+    engine.policy_parameters = policy  # the optimizer's groups hold flat shards from now on
     return engine
 
 
 def set_learning_rates(engine: deepspeed.DeepSpeedEngine, policy: float, critic: float) -> None:
-    """A rate of 0 makes that group rest: no gradient, no update, no change to its moments."""
+    """A rate of 0 makes that group rest: no gradient, no update, no change to its moments.
+
+    What was frozen when the engine was made stays so.
+    """
     groups = engine.optimizer.param_groups
     groups[POLICY]["lr"], groups[CRITIC]["lr"] = policy, critic
-    engine.module.trunk.requires_grad_(policy > 0)
+    for parameter in engine.policy_parameters:
+        parameter.requires_grad_(policy > 0)
 
 
 def gradient_norm(module: nn.Module, world: World) -> float:

@@ -56,7 +56,7 @@ def summarize(run_dir: Path) -> str:
     lines += [
         f"pictures:   {run_dir}/comparison.png, samples_before.png, samples_after.png, curves.png, critic.png",
         f"metrics:    {run_dir}/metrics.jsonl, evaluations/, tensorboard/",
-        f"model:      {run_dir}/pipeline (StableDiffusion3Pipeline.from_pretrained), critic.safetensors",
+        f"model:      {run_dir}/pipeline (DiffusionPipeline.from_pretrained), critic.safetensors",
         f"checkpoint: {run_dir}/checkpoints (--resume auto)",
     ]
     return "\n".join(lines)

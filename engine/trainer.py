@@ -10,7 +10,8 @@ from . import reports
 from .actor_critic import ActorCritic
 from .advantages import mean_and_variance
 from .backbones import load_backbone
-from .backbones.base import Conditioning, timestep_of
+from .backbones.base import Backbone, Conditioning
+from .backbones.compiled import compile_blocks
 from .checkpoint import CheckpointStore, disk_errors, export
 from .config import Config, save_config
 from .errors import UserError
@@ -23,12 +24,12 @@ from .prompt_cache import PromptCache
 from .prompts import PromptSampler, load_prompts
 from .reward_stats import RunningStandardizer
 from .rewards import build_rewards, check_prompts
-from .rollout import rollout
+from .rollout import Rollout
 from .scoring import Scoring
 from .sharding import World, resolve_dtype, shard
 from .summary import summarize
 from .trajectory import Trajectory
-from .transitions import build_table, trained_steps
+from .transitions import trained_steps
 from .trunk_clock import TrunkClock
 from .update import Updater
 
@@ -36,7 +37,8 @@ from .update import Updater
 class Trainer:
     """One run of one configuration. Every rank builds one; rank 0 writes."""
 
-    def __init__(self, config: Config, world: World, run_dir: Path):
+    def __init__(self, config: Config, world: World, run_dir: Path, backbone: Backbone | None = None):
+        """backbone: in place of the one that `model.pretrained` names."""
         config = config.for_processes(world.size)
         self.config, self.world, self.run_dir = config, world, run_dir
         torch.manual_seed(config.seed)
@@ -47,36 +49,35 @@ class Trainer:
         check_prompts([*self.rewards, *watched], (p.text for p in held_out))
         self.sampler = PromptSampler(prompts, config.seed)
 
-        self.backbone = load_backbone(config.model.pretrained, config.model.max_sequence_length)
+        self.backbone = backbone or load_backbone(config.model.pretrained, config.model.max_sequence_length)
         if config.model.fused:
             self.backbone.fuse()
+        if config.model.compile:
+            compile_blocks(self.backbone.blocks(self.backbone.trunk))
         self.backbone.to(world.device)
         if config.model.gradient_checkpointing:
             self.backbone.trunk.enable_gradient_checkpointing()
-        sigmas = self.backbone.sigmas(config.rollout.num_inference_steps)
-        self.timesteps = timestep_of(sigmas[:-1]).to(world.device)
-        self.table = build_table(
-            config.rollout.transition,
-            config.rollout.noise_level,
-            sigmas=sigmas,
-            num_trained_steps=config.rollout.num_trained_steps,
+        sampler = config.rollout
+        self.schedule = self.backbone.schedule(
+            sampler.transition, sampler.noise_level, sampler.num_inference_steps, sampler.num_trained_steps
         ).to(world.device)
-        self.trained = int(trained_steps(self.table).sum())
+        self.trained = int(trained_steps(self.schedule.table).sum())
 
         names = [reward.name for reward in self.rewards]
         self.model = ActorCritic(self.backbone, config.critic, names, config.rollout.guidance_scale).eval()
         self.model.to(world.device, resolve_dtype(config.model.dtype, world.device))
-        self.encode = PromptCache(self.backbone)
-        self.guided = config.rollout.guidance_scale > 1
-        self.cost = measure(self.model, *self._micro_batch())
-        self.sampling = InferenceCopy(self.model)
-        self.clock = TrunkClock(world.device, self.model.trunk, self.sampling.model.trunk)
+        self.attention = self.backbone.set_attention_backend(config.model.attention_backend)
+        self.encode = PromptCache(self.backbone, world.device)
+        self.cost = measure(self.model, world.cores, config.training.steps_per_forward, *self._micro_batch())
+        self.weights = InferenceCopy(self.model)
+        self.clock = TrunkClock(world.device)
+        self.clock.watch(self.model.trunk)
         self.engine = shard(self.model, config, world)
+        self.weights.attach(self.engine, config.rollout.weights, world)
+        self.rollout = self._rollout()
         self.updater = Updater(self.engine, config, world, self.clock)
         self.standardizer = RunningStandardizer(len(names))
-        self.evaluator = Evaluator(
-            config, world, self.backbone, self.encode, held_out, self.rewards, watched, self.table, self.timesteps
-        )
+        self.evaluator = Evaluator(config, world, self.backbone, held_out, self.rewards, watched, self.schedule)
         self.store = CheckpointStore(run_dir, world, self.model)
 
     # -------------------------------------------------------------------------------------------------- one iteration
@@ -93,17 +94,19 @@ class Trainer:
         weights = torch.tensor([reward.weight for reward in self.rewards], device=self.world.device)
         outcome = Outcome(trajectory, scoring, self.standardizer, config.algorithm, weights)
 
+        if self.world.cores > 1:
+            outcome.raw  # noqa: B018 - decoding has all cores first, then the update has them
+
         order = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
-        unconditional = self._unconditional()
+        work = trajectory, outcome, self._unconditional(), order
         if pretraining:
-            epochs = config.training.value_pretraining_epochs
-            update = self.updater.critic(trajectory, outcome, unconditional, order, epochs)
+            update = self.updater.critic(*work, config.training.value_pretraining_epochs)
         else:
             lr_scale = self._lr_scale(iteration)
-            update = self.updater.ppo(trajectory, outcome, unconditional, order, lr_scale)
+            update = self.updater.ppo(*work, lr_scale)
             update["learning_rate"] = lr_scale * config.optimizer.policy_lr
             if config.training.critic_epochs:
-                self.updater.critic(trajectory, outcome, unconditional, order, config.training.critic_epochs, lr_scale)
+                self.updater.critic(*work, config.training.critic_epochs, lr_scale)
         explained = outcome.explained_variance
         ended = time.perf_counter()
 
@@ -130,20 +133,21 @@ class Trainer:
         total = self.config.rollout.samples_per_iteration
         share = total // self.world.size
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
-        return rollout(
-            self.sampling.refresh(),
-            self.encode,
+        self.refresh()
+        return self.rollout(
             self.sampler.batch(iteration, total)[mine],
             torch.arange(total)[mine] + iteration * total,
-            table=self.table,
-            timesteps=self.timesteps,
-            latent_shape=self.backbone.latent_shape,
+            schedule=self.schedule,
             seed=self.config.seed,
-            micro_batch_size=self.config.rollout.micro_batch_size,
-            device=self.world.device,
-            guided=self.guided,
             finished=scoring.submit,
         )
+
+    def refresh(self) -> None:
+        """Brings the weights that sample up to those that are trained."""
+        generation = self.weights.generation
+        self.weights.refresh()
+        if self.weights.generation != generation:
+            self.rollout.close()  # what was captured reads the old addresses
 
     # -------------------------------------------------------------------------------------------------------- the run
 
@@ -161,7 +165,8 @@ class Trainer:
         if main:
             self._make_run_dir()
             save_config(self.config, self.run_dir / "config.json")
-            plan = describe_plan(self.config, self.world, self.model, self.trained, self.cost)
+            where = self.attention, self.weights.description, self.rollout.describe()
+            plan = describe_plan(self.config, self.world, self.model, self.trained, self.cost, *where)
             print(f"latent-critic: {self.run_dir}\n{plan}", flush=True)
             logging = self.config.logging
             log = MetricsLogger(
@@ -189,6 +194,7 @@ class Trainer:
                     progress.explain_first_update(*first)
             if last or done % training.checkpoint_every == 0:
                 self._save(done)
+        self.rollout.close()
         export(self.run_dir, self.model, self.world)
         if main:
             progress.close()
@@ -206,7 +212,8 @@ class Trainer:
 
     def evaluate(self, iteration: int) -> Evaluation:
         """Held-out scores, kept in `evaluations/` with the settings that repeat them."""
-        result = self.evaluator(self.sampling.refresh(), self.standardizer)
+        self.refresh()
+        result = self.evaluator(self.rollout, self.standardizer)
         if self.world.is_main:
             settings = {**self.config.evaluation.model_dump(mode="json"), "prompts": self.config.prompts.eval}
             result.save(self.run_dir / "evaluations" / f"iteration-{iteration:06d}", settings)
@@ -223,13 +230,26 @@ class Trainer:
         done = (iteration - training.value_pretraining_iterations) / training.iterations
         return 1.0 - done if self.config.optimizer.lr_scheduler == "linear" else 1.0
 
+    def _rollout(self) -> Rollout:
+        """On a CPU a micro-batch for each core at a time, unless the weights must be gathered for each forward."""
+        options, device, size = self.config.rollout, self.world.device, self.config.rollout.micro_batch_size
+        batches = -(-options.samples_per_iteration // (size * self.world.size))
+        count = min(self.world.cores, batches) if self.weights.is_static else 1
+        models = [self.weights.module() for _ in range(count)]
+        if self.weights.is_static:  # else it is the model itself, which is watched
+            for model in models:
+                self.clock.watch(model.trunk, side_by_side=count)
+        graph = options.cuda_graph if self.weights.is_static else "off"
+        shape = self.backbone.latent_shape
+        return Rollout(models, self.encode, shape, size, device, self.clock, graph, options.check_addresses)
+
     def _micro_batch(self) -> tuple:
         """Inputs of one forward, for measuring."""
         size = self.config.rollout.micro_batch_size
         prompts = self.sampler.batch(0, self.config.rollout.samples_per_iteration)[:size]
         latents = torch.zeros(size, *self.backbone.latent_shape, device=self.world.device)
-        conditioning = self.encode([prompt.text for prompt in prompts], self.world.device)
-        return latents, self.timesteps[0].expand(size), conditioning, self._unconditional()
+        conditioning = self.encode([prompt.text for prompt in prompts])
+        return latents, self.schedule.timesteps[0].expand(size), conditioning, self._unconditional()
 
     def _unconditional(self) -> Conditioning | None:
-        return self.encode([""], self.world.device) if self.guided else None
+        return self.encode([""]) if self.config.rollout.guidance_scale > 1 else None

@@ -13,6 +13,7 @@ is the last one alone: its std is tiny, so that its likelihood would explode.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ FLOW_TRANSITIONS = ("flow-sde", "dance-sde", "cps", "ode")
 DIFFUSION_TRANSITIONS = ("ddim", "ode")
 # Beyond these the formula's variance would be negative or shrink again; the SDEs have no limit.
 MAX_NOISE_LEVEL = {"cps": 1.0, "ddim": 1.0}
+
+
+class Schedule(NamedTuple):
+    """What a rollout walks through, K steps."""
+
+    table: Tensor  # float32 [K, 3]
+    timesteps: Tensor  # float32 [K], what the model is conditioned on, 0..1000
+
+    def to(self, device: torch.device) -> "Schedule":
+        return Schedule(self.table.to(device), self.timesteps.to(device))
 
 
 def ode_table(sigmas: Tensor) -> Tensor:
@@ -78,20 +89,25 @@ def ddim_table(
     prediction_type: str = "epsilon",
     final_alpha_cumprod: float = 1.0,
     num_trained_steps: int | None = None,
+    next_timesteps: Tensor | None = None,
 ) -> Tensor:
     """DDIM with eta = noise_level (arXiv 2010.02502, eq. 12 and 16): s^2 = eta^2 (1 - ab') / (1 - ab) (1 - ab / ab'),
 
         mu = sqrt(ab') x0 + sqrt(1 - ab' - s^2) eps.
 
-    alphas_cumprod: [T]. timesteps: integer [K], descending; ab' of a step is ab of the next timestep, and
-    `final_alpha_cumprod` (1, or alphas_cumprod[0] with diffusers' set_alpha_to_one=False) in the last step.
+    alphas_cumprod: [T]. timesteps: integer [K], descending. next_timesteps: integer [K], ab' of a step is ab of these;
+    None is each timestep's successor, and below 0, as after the last, ab' is `final_alpha_cumprod` (1, or
+    alphas_cumprod[0] with diffusers' set_alpha_to_one=False).
     prediction_type: what the model predicts, "epsilon" (eps) or "v_prediction" (sqrt(ab) eps - sqrt(1 - ab) x0).
     noise_level: 0 (the ODE) .. 1 (DDPM).
     """
     if timesteps.ndim != 1 or len(timesteps) == 0 or not bool((timesteps.diff() < 0).all()):
         raise ValueError(f"timesteps must be [K], descending, got {timesteps.tolist()}")
-    ab = alphas_cumprod.to("cpu", torch.float64)[timesteps.cpu()]
-    ab_next = torch.cat([ab[1:], torch.tensor([final_alpha_cumprod], dtype=torch.float64)])
+    if next_timesteps is None:
+        next_timesteps = torch.cat([timesteps[1:], timesteps.new_tensor([-1])])
+    alphas_cumprod, next_timesteps = alphas_cumprod.to("cpu", torch.float64), next_timesteps.cpu()
+    ab = alphas_cumprod[timesteps.cpu()]
+    ab_next = torch.where(next_timesteps < 0, final_alpha_cumprod, alphas_cumprod[next_timesteps.clamp_min(0)])
     eta = _trained(torch.full_like(ab, noise_level), num_trained_steps)
     s = eta * ((1.0 - ab_next) / (1.0 - ab) * (1.0 - ab / ab_next)).sqrt()
     eps_coefficient = (1.0 - ab_next - s.square()).clamp_min(0.0).sqrt()
@@ -115,15 +131,16 @@ def build_table(
     sigmas: Tensor | None = None,
     alphas_cumprod: Tensor | None = None,
     timesteps: Tensor | None = None,
+    next_timesteps: Tensor | None = None,
     prediction_type: str = "epsilon",
     final_alpha_cumprod: float = 1.0,
     num_trained_steps: int | None = None,
 ) -> Tensor:
     """The float32 [K, 3] table of the sampler `name` for a model's schedule.
 
-    A flow model gives `sigmas` (float32 [K+1], descending to 0), a diffusion model gives `alphas_cumprod` [T],
-    `timesteps` [K], `prediction_type` and `final_alpha_cumprod`. "ode" exists for both and ignores the noise level.
-    UserError if the model has no such sampler or the noise level is outside its range.
+    A flow model gives `sigmas` (float32 [K+1], descending to 0), a diffusion model what `ddim_table` takes. "ode" is
+    for both and ignores the noise level. UserError if the model has no such sampler or the noise level is outside its
+    range.
     """
     allowed = DIFFUSION_TRANSITIONS if sigmas is None else FLOW_TRANSITIONS
     if name not in allowed:
@@ -135,7 +152,9 @@ def build_table(
         raise UserError(f'rollout.noise_level: must be {allowed_range} for "{name}", got {noise_level:g}')
     if sigmas is None:
         eta = 0.0 if name == "ode" else noise_level
-        return ddim_table(alphas_cumprod, timesteps, eta, prediction_type, final_alpha_cumprod, num_trained_steps)
+        return ddim_table(
+            alphas_cumprod, timesteps, eta, prediction_type, final_alpha_cumprod, num_trained_steps, next_timesteps
+        )
     if name == "flow-sde":
         return flow_sde_table(sigmas, noise_level, num_trained_steps)
     if name == "dance-sde":

@@ -34,12 +34,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Each matrix has unit gain and no vector is zero, so that what the parts return is of order 1 and depends on all they
     are given: prompt (through CLIP and T5), time and latents.
     """
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     from latent_critic.engine.embedded import train_tiny_dit as tiny
 
@@ -49,18 +44,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text_encoder": tiny.build_text_encoder(tokenizer, 64, 2),
         "text_encoder_2": tiny.build_text_encoder(tokenizer, 32, 2),
         "text_encoder_3": tiny.build_t5(t5_tokenizer),
-        "vae": AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 16, 32),
-            layers_per_block=1,
-            latent_channels=CHANNELS,
-            norm_num_groups=4,
-            sample_size=4 * SIDE,
-            mid_block_add_attention=False,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
+        "vae": _vae(mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False),
         "transformer": SD3Transformer2DModel(
             sample_size=SIDE,
             patch_size=2,
@@ -89,6 +73,69 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_unet_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a StableDiffusionPipeline: SD1.5 in small, with its scheduler and of blocks 16 or 32 wide. Its weights
+    are those of `tiny_pipeline` in kind."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from latent_critic.engine.embedded import train_tiny_dit as tiny
+
+    tokenizer = tiny.build_tokenizer()
+    parts = {
+        "text_encoder": CLIPTextModel(tiny.build_text_encoder(tokenizer, 64, 2).config),
+        "vae": _vae(),
+        "unet": UNet2DConditionModel(
+            sample_size=SIDE,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            attention_head_dim=2,  # the number of heads, in fact
+            cross_attention_dim=64,
+            norm_num_groups=4,
+        ),
+    }
+    generator = torch.Generator().manual_seed(0)
+    for part in parts.values():
+        _randomize(part, generator)
+    parts["vae"].register_to_config(scaling_factor=0.7)
+    folder = tmp_path_factory.mktemp("tiny-unet-pipeline")
+    StableDiffusionPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _vae(**options):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 32),
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=4,
+        sample_size=4 * SIDE,
+        **options,
+    )
 
 
 def _randomize(module: torch.nn.Module, generator: torch.Generator) -> None:

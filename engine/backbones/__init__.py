@@ -8,8 +8,12 @@ from safetensors import SafetensorError
 from ..errors import UserError
 from .base import Backbone, Conditioning
 from .sd3 import SD3Backbone
+from .unet import UNetBackbone
 
-FAMILIES: dict[str, type[Backbone]] = {"StableDiffusion3Pipeline": SD3Backbone}
+FAMILIES: dict[str, type[Backbone]] = {
+    "StableDiffusion3Pipeline": SD3Backbone,
+    "StableDiffusionPipeline": UNetBackbone,
+}
 TINY_DIT = Path(__file__).parent.parent / "embedded" / "tiny-dit"
 
 

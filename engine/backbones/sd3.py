@@ -7,7 +7,8 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from .base import Backbone, Conditioning, as_uint8, freeze
+from ..transitions import Schedule
+from .base import Backbone, Conditioning, as_uint8, flow_schedule, freeze
 from .sd3_fused import fuse
 
 
@@ -23,6 +24,8 @@ class SD3Backbone(Backbone):
         self.width = config.num_attention_heads * config.attention_head_dim
         self.text_width = config.pooled_projection_dim
         self.depth = config.num_layers
+        encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3 if max_sequence_length else None)
+        self.encoders = [encoder for encoder in encoders if encoder is not None]
         freeze(pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
         pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are faster so
         pipe.set_progress_bar_config(disable=True)
@@ -32,9 +35,7 @@ class SD3Backbone(Backbone):
         return cls(StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32), max_sequence_length)
 
     def to(self, device: torch.device) -> None:
-        for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3):
-            if part is not None:
-                part.to(device)
+        self.pipe.vae.to(device)
 
     def fuse(self) -> None:
         fuse(self.trunk)
@@ -45,6 +46,7 @@ class SD3Backbone(Backbone):
             prompt=list(texts),
             prompt_2=None,
             prompt_3=None,
+            device=self.encoders[0].device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
@@ -53,9 +55,11 @@ class SD3Backbone(Backbone):
     def pooled_text(self, conditioning: Conditioning) -> Tensor:
         return conditioning["pooled_prompt_embeds"]
 
-    def sigmas(self, num_inference_steps: int) -> Tensor:
+    def schedule(
+        self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
+    ) -> Schedule:
         self.pipe.scheduler.set_timesteps(num_inference_steps)
-        return self.pipe.scheduler.sigmas.float().cpu().clone()
+        return flow_schedule(self.pipe.scheduler.sigmas.float().cpu(), transition, noise_level, num_trained_steps)
 
     def predict(self, trunk: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return trunk(
@@ -77,7 +81,6 @@ class SD3Backbone(Backbone):
 
     def save(self, trunk_state: dict[str, Tensor], folder: Path) -> None:
         trunk = SD3Transformer2DModel.from_config(self.trunk.config)
-        trunk.load_state_dict(trunk_state)
-        trunk.to(next(iter(trunk_state.values())).dtype)
+        trunk.load_state_dict(trunk_state, assign=True)  # with their dtype
         self.pipe.vae.to(memory_format=torch.contiguous_format)  # safetensors takes no other
         StableDiffusion3Pipeline(**{**self.pipe.components, "transformer": trunk}).save_pretrained(folder)

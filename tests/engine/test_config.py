@@ -144,7 +144,7 @@ def test_an_override_that_cannot_be_applied_is_refused(write, override, expected
 
 ROLLOUT_KEYS = (
     "transition, noise_level, num_inference_steps, guidance_scale, samples_per_iteration, micro_batch_size, "
-    "num_trained_steps"
+    "weights, cuda_graph, check_addresses, num_trained_steps"
 )
 
 

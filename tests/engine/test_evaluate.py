@@ -9,14 +9,13 @@ import torch
 
 from latent_critic.engine import evaluate
 from latent_critic.engine.advantages import explained_variance
-from latent_critic.engine.backbones.base import timestep_of
 from latent_critic.engine.evaluate import Evaluation, Evaluator
 from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import Prompt
 from latent_critic.engine.reward_stats import RunningStandardizer
 from latent_critic.engine.rewards import ANY_VALUE, Reward
+from latent_critic.engine.rollout import Rollout
 from latent_critic.engine.sharding import World
-from latent_critic.engine.transitions import build_table
 
 PROMPTS = [Prompt("a red circle"), Prompt("two blue squares"), Prompt("a dog", {"tag": "animals", "shift": 0.25})]
 
@@ -30,7 +29,8 @@ def blue(images, prompts, metadata):
     return images[..., 2].double().mean((1, 2)) / 255
 
 
-ALONE = World(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
 RED, BLUE = (Reward(f.__name__, 1.0, ANY_VALUE, f, lambda prompt: None) for f in (red, blue))
 
 
@@ -42,19 +42,16 @@ def gather_alone(monkeypatch):
 
 @pytest.fixture
 def make(tiny_config, tiny_model):
-    """make(world, **sections) -> evaluator and its model."""
+    """make(world, **sections) -> evaluator and the rollout it runs."""
 
     def build(world=ALONE, **sections):
         evaluation = {"num_prompts": 7, "num_inference_steps": 3, "seed": 4, **sections.pop("evaluation", {})}
         config = tiny_config(evaluation=evaluation, rewards=[{"name": "jpeg_compressibility"}], **sections)
         model = tiny_model(config)
-        sigmas = model.backbone.sigmas(config.rollout.num_inference_steps)
-        table = build_table("flow-sde", 0.7, sigmas=sigmas, num_trained_steps=2)
-        encode = PromptCache(model.backbone)
-        evaluator = Evaluator(
-            config, world, model.backbone, encode, PROMPTS, [RED], [BLUE, RED], table, timestep_of(sigmas[:-1])
-        )
-        return evaluator, model
+        schedule = model.backbone.schedule("flow-sde", 0.7, config.rollout.num_inference_steps, num_trained_steps=2)
+        evaluator = Evaluator(config, world, model.backbone, PROMPTS, [RED], [BLUE, RED], schedule)
+        encode, shape = PromptCache(model.backbone, CPU), model.backbone.latent_shape
+        return evaluator, Rollout([model], encode, shape, config.rollout.micro_batch_size, CPU)
 
     return build
 
@@ -163,8 +160,8 @@ def test_saved_files_hold_every_prompt(tmp_path):
 
 def test_evaluation_of_a_model(make, gather_alone):
     """Scores of ODE samples by all rewards, each once; values and returns along the stochastic rollouts."""
-    evaluator, model = make()
-    found = evaluator(model, standardizer())
+    evaluator, rollout = make()
+    found = evaluator(rollout, standardizer())
     assert [p.text for p in found.prompts] == [PROMPTS[i % 3].text for i in range(7)]
     assert found.names == ["red", "blue"] and found.scores.shape == (7, 2)
     assert found.images.shape == (7, 64, 64, 3) and found.images.dtype == torch.uint8
@@ -183,15 +180,15 @@ def test_evaluation_of_a_model(make, gather_alone):
     assert row["eval/red"] == pytest.approx(found.scores[:, 0].double().mean().item())
     assert {key for key in row if "task" in key} == {"eval/task/colors", "eval/task/counting", "eval/task/animals"}
 
-    again = evaluator(model, standardizer())
+    again = evaluator(rollout, standardizer())
     for name in ("scores", "images", "values", "returns"):
         assert torch.equal(getattr(again, name), getattr(found, name)), name
     assert again.row() == row
 
 
 def test_before_the_first_update_returns_are_raw(make, gather_alone):
-    evaluator, model = make()
-    raw, scaled = evaluator(model, RunningStandardizer(1)), evaluator(model, standardizer(mean=0.5, std=0.1))
+    evaluator, rollout = make()
+    raw, scaled = evaluator(rollout, RunningStandardizer(1)), evaluator(rollout, standardizer(mean=0.5, std=0.1))
     torch.testing.assert_close(raw.returns, scaled.returns * 0.1 + 0.5, rtol=0, atol=1e-6)  # float32 on the way
     assert torch.equal(raw.values, scaled.values)
 
@@ -211,8 +208,8 @@ def test_ranks_together_find_what_one_finds(make, monkeypatch):
                 found[:] = spoken + [mine] * (size - len(spoken))
 
             monkeypatch.setattr(evaluate.dist, "all_gather_object", gather)
-            evaluator, model = make(World(rank, size, torch.device("cpu")))
-            result = evaluator(model, standardizer())
+            evaluator, rollout = make(World(rank, size, CPU))
+            result = evaluator(rollout, standardizer())
         return result, heard
 
     one, _ = evaluate_on(1)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from latent_critic.engine.backbones.base import timestep_of
+from latent_critic.engine.denoising import DenoisingLoop
 from latent_critic.engine.noise import keyed_noise
 from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import Prompt
-from latent_critic.engine.rollout import one_ahead, rollout, rows
+from latent_critic.engine.rollout import Rollout, one_ahead, rows
 from latent_critic.engine.trajectory import concatenate
-from latent_critic.engine.transitions import build_table, ddim_table
+from latent_critic.engine.transitions import Schedule, ddim_table
 from latent_critic.kernels import policy_loss, transition_log_prob
 
 CPU = torch.device("cpu")
@@ -22,14 +22,13 @@ STEPS, SEED = 4, 11
 
 
 def schedule(backbone, transition, noise_level):
-    """Table and timesteps. ddim is a diffusion sampler: only its table is used, on a flow model's latents."""
+    """ddim is a diffusion sampler: only its table is used, on a flow model's latents."""
     if transition == "ddim":
         scheduler = DDIMScheduler(timestep_spacing="trailing")
         scheduler.set_timesteps(STEPS)
         table = ddim_table(scheduler.alphas_cumprod, scheduler.timesteps, noise_level, "v_prediction")
-        return table, scheduler.timesteps.float()
-    sigmas = backbone.sigmas(STEPS)
-    return build_table(transition, noise_level, sigmas=sigmas), timestep_of(sigmas[:-1])
+        return Schedule(table, scheduler.timesteps.float())
+    return backbone.schedule(transition, noise_level, STEPS)
 
 
 @pytest.fixture
@@ -49,22 +48,11 @@ def sample(tiny_config, tiny_model):
         if guidance not in models:
             models[guidance] = tiny_model(tiny_config(rollout={"guidance_scale": guidance}))
         draw.model = model or models[guidance]
-        draw.encode = PromptCache(models[guidance].backbone)
-        table, timesteps = schedule(models[guidance].backbone, transition, noise_level)
-        indices = torch.arange(100, 108)[which]
-        return rollout(
-            draw.model,
-            draw.encode,
-            PROMPTS[which],
-            indices,
-            table=table,
-            timesteps=timesteps,
-            latent_shape=models[guidance].backbone.latent_shape,
-            seed=seed,
-            micro_batch_size=micro_batch_size,
-            device=CPU,
-            guided=guidance > 1,
-        )
+        backbone = models[guidance].backbone
+        draw.encode = PromptCache(backbone, CPU)
+        rollout = Rollout([draw.model], draw.encode, backbone.latent_shape, micro_batch_size, CPU)
+        steps = schedule(backbone, transition, noise_level)
+        return rollout(PROMPTS[which], torch.arange(100, 108)[which], schedule=steps, seed=seed)
 
     return draw
 
@@ -112,7 +100,7 @@ def test_each_step_is_the_formula_with_its_own_noise(sample):
 def test_ratio_is_exactly_one_on_a_fresh_batch(sample, transition, noise_level, guidance):
     """With gradients, as the update computes it: to the last bit, for each trained step of each micro-batch."""
     found = sample(transition=transition, noise_level=noise_level, guidance=guidance)
-    unconditional = sample.encode([""], CPU) if guidance > 1 else None
+    unconditional = sample.encode([""]) if guidance > 1 else None
     assert found.trained_steps == STEPS - 1
     for batch in (slice(0, 4), slice(4, 8)):
         for k in range(found.trained_steps):
@@ -173,6 +161,79 @@ def test_ranks_together_draw_what_one_draws(sample):
 def test_seed_changes_every_sample(sample):
     difference = (sample().latents - sample(seed=SEED + 1).latents).flatten(2).abs().mean(-1)
     assert bool((difference > 0.1).all())
+
+
+def test_side_by_side_draws_the_same(sample, tiny_config):
+    """Two modules over the same weights, a thread each; the last micro-batch is short."""
+    expected = sample(micro_batch_size=3)
+    backbone, encode = sample.model.backbone, sample.encode
+    keep = {id(parameter): parameter for parameter in sample.model.parameters()}
+    models = [sample.model, copy.deepcopy(sample.model, keep)]
+    rollout = Rollout(models, encode, backbone.latent_shape, 3, CPU)
+    steps = schedule(backbone, "flow-sde", 0.7)
+    seen = {}
+    for _ in range(3):  # the threads take turns as they like
+        found = rollout(PROMPTS, torch.arange(100, 108), schedule=steps, seed=SEED, finished=seen.__setitem__)
+        for name in ("latents", "log_probs", "values", "sample_indices"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert found.prompts == expected.prompts
+        assert {start: len(part.latents) for start, part in seen.items()} == {0: 3, 3: 3, 6: 2}
+        assert all(torch.equal(part.latents, found.latents[start : start + 3]) for start, part in seen.items())
+    assert len(rollout._loops) <= 2 and all(loop.schedule is steps for loop in rollout._loops.values())
+
+
+def test_one_thread_that_fails_stops_the_others(sample):
+    steps = sample() and schedule(sample.model.backbone, "flow-sde", 0.7)
+    calls = []
+
+    class Broken(torch.nn.Module):
+        guidance_scale, reward_names, trunk = 1.0, ["a", "b"], sample.model.trunk
+
+        def forward(self, *inputs, **options):
+            calls.append(1)
+            raise RuntimeError("no memory for the trunk")
+
+    rollout = Rollout([Broken(), Broken()], sample.encode, sample.model.backbone.latent_shape, 1, CPU)
+    with pytest.raises(RuntimeError, match="no memory for the trunk"):
+        rollout(PROMPTS, torch.arange(8), schedule=steps, seed=SEED)
+    assert 1 <= len(calls) <= 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("rollout", "one-ahead"))]
+
+
+def test_what_cannot_be_captured_runs_from_python(sample, monkeypatch, capsys):
+    expected = sample(micro_batch_size=4)
+    backbone, steps = sample.model.backbone, schedule(sample.model.backbone, "flow-sde", 0.7)
+
+    def refuse(loop, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
+
+    init = DenoisingLoop.__init__
+
+    def on_a_gpu(self, *inputs):
+        init(self, *inputs[:7])
+        if len(inputs) > 7 and inputs[7] != "off":
+            self._capture(None)
+
+    monkeypatch.setattr(DenoisingLoop, "__init__", on_a_gpu)
+    monkeypatch.setattr(DenoisingLoop, "_capture", refuse)
+    rollout = Rollout([sample.model], sample.encode, backbone.latent_shape, 4, CPU, graph="step")
+    capsys.readouterr()
+    for _ in range(2):
+        found = rollout(PROMPTS, torch.arange(100, 108), schedule=steps, seed=SEED)
+        assert torch.equal(found.latents, expected.latents)
+    reason = "a step cannot be captured: operation not permitted when stream is capturing"
+    assert capsys.readouterr().err == f"rollouts run without a CUDA graph: {reason}\n"  # once, one line
+
+
+def test_loops_are_kept_by_sampler_and_guidance(sample):
+    backbone = sample() and sample.model.backbone
+    rollout = Rollout([sample.model], sample.encode, backbone.latent_shape, 4, CPU)
+    sde, ode = schedule(backbone, "flow-sde", 0.7), backbone.schedule("ode", 0.0, 6)
+    for steps, guidance, loops in ((sde, None, 1), (ode, None, 2), (sde, 1.0, 2), (ode, 2.0, 3), (ode, 2.0, 3)):
+        found = rollout(PROMPTS, torch.arange(8), schedule=steps, seed=SEED, guidance_scale=guidance)
+        assert found.latents.shape[1] == len(steps.timesteps) + 1 and len(rollout._loops) == loops
+    rollout.close()
+    assert not rollout._loops
 
 
 def test_one_ahead():

@@ -43,8 +43,8 @@ def twice(images, prompts, metadata):
 
 def test_scores_come_in_the_order_of_the_samples():
     scoring = Scoring(Pictures(), [reward(grey), reward(twice)])
-    for greys in ((3, 1), (4, 1, 5), (9,)):
-        scoring.submit(part(*greys))
+    for start, greys in ((2, (4, 1, 5)), (0, (3, 1)), (5, (9,))):  # side by side they end in any order
+        scoring.submit(start, part(*greys))
     images, scores = scoring.result()
     assert images.shape == (6, 2, 2, 3) and images.dtype == torch.uint8
     assert images[:, 0, 0, 0].tolist() == [3, 1, 4, 1, 5, 9]
@@ -59,7 +59,7 @@ def test_sampling_goes_on_while_a_reward_scores():
         return grey(images, prompts, metadata)
 
     scoring = Scoring(Pictures(), [reward(slow)])
-    scoring.submit(part(7))
+    scoring.submit(0, part(7))
     sampled.set()
     assert scoring.result()[1].tolist() == [[7]]
 
@@ -78,8 +78,8 @@ def test_who_waits_for_the_scores_decodes_too():
         return grey(images, prompts, metadata)
 
     scoring = Scoring(Last(), [reward(slow)])
-    scoring.submit(part(7))
-    scoring.submit(part(9))
+    scoring.submit(0, part(7))
+    scoring.submit(1, part(9))
     assert scoring.result()[1].tolist() == [[7], [9]]
 
 
@@ -88,7 +88,7 @@ def test_a_failing_reward_stops_the_run():
         raise RuntimeError("its model is gone")
 
     scoring = Scoring(Pictures(), [reward(broken)])
-    scoring.submit(part(7))
+    scoring.submit(0, part(7))
     with pytest.raises(UserError, match="'broken' failed on prompt 'grey 7'.*its model is gone"):
         scoring.result()
 
@@ -99,7 +99,7 @@ def test_a_failing_decoder_stops_the_run():
             raise RuntimeError("no memory for the decoder")
 
     scoring = Scoring(Broken(), [reward(grey)])
-    scoring.submit(part(7))
+    scoring.submit(0, part(7))
     with pytest.raises(RuntimeError, match="no memory for the decoder"):
         scoring.result()
 
@@ -115,7 +115,7 @@ def test_the_trunk_keeps_its_threads():
     torch.set_num_threads(2)
     try:
         scoring = Scoring(Pictures(), [reward(counting)])
-        scoring.submit(part(7))
+        scoring.submit(0, part(7))
         scoring.result()
         assert (seen, torch.get_num_threads()) == ([1], 2)
     finally:

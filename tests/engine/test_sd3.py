@@ -8,15 +8,16 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from latent_critic.engine.backbones import SD3Backbone, load_backbone
-from latent_critic.engine.backbones.base import as_uint8, timestep_of
+from latent_critic.engine.backbones.base import as_uint8
 from latent_critic.engine.embedded import train_tiny_dit
 from latent_critic.engine.errors import UserError
 from latent_critic.engine.noise import keyed_noise
 from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import Prompt
-from latent_critic.engine.rollout import rollout
-from latent_critic.engine.transitions import ode_table
+from latent_critic.engine.rollout import Rollout
+from latent_critic.engine.transitions import build_table, ode_table
 
+CPU = torch.device("cpu")
 TEXTS = ["a red circle", "two blue squares", "a green triangle left of a yellow circle"]
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
@@ -60,30 +61,25 @@ def test_schedule_is_the_stock_schedulers(pair):
     backbone, stock, _ = pair
     for steps in (4, 10, 28):
         stock.scheduler.set_timesteps(steps)
-        sigmas = backbone.sigmas(steps)
-        assert torch.equal(sigmas, stock.scheduler.sigmas) and sigmas[0] == 1 and sigmas[-1] == 0
+        table, timesteps = backbone.schedule("ode", 0.0, steps)
+        assert torch.equal(table, ode_table(stock.scheduler.sigmas)) and table.shape == (steps, 3)
         # The pipeline conditions on scheduler.timesteps: 1000 sigma, each rounded on its own.
-        torch.testing.assert_close(timestep_of(sigmas[:-1]), stock.scheduler.timesteps, rtol=2e-7, atol=0)
+        torch.testing.assert_close(timesteps, stock.scheduler.timesteps, rtol=2e-7, atol=0)
+        trained = backbone.schedule("cps", 0.8, steps, num_trained_steps=2)
+        expected = build_table("cps", 0.8, sigmas=stock.scheduler.sigmas, num_trained_steps=2)
+        assert torch.equal(trained.table, expected) and torch.equal(trained.timesteps, timesteps)
+    with pytest.raises(UserError, match='rollout.transition: "ddim" does not fit a flow-matching model'):
+        backbone.schedule("ddim", 1.0, 10)
 
 
 @torch.no_grad()
 def test_ode_rollout_draws_the_stock_pipelines_samples_and_pictures(pair, tiny_config, tiny_model):
     backbone, stock, length = pair
     steps, noise = 5, keyed_noise(7, torch.arange(3), 0, backbone.latent_shape)
-    sigmas = backbone.sigmas(steps)
     model = tiny_model(tiny_config(model={"max_sequence_length": length}))
-    trajectory = rollout(
-        model,
-        PromptCache(backbone),
-        [Prompt(text) for text in TEXTS],
-        torch.arange(3),
-        table=ode_table(sigmas),
-        timesteps=timestep_of(sigmas[:-1]),
-        latent_shape=backbone.latent_shape,
-        seed=7,
-        micro_batch_size=3,
-        device=torch.device("cpu"),
-    )
+    rollout = Rollout([model], PromptCache(backbone, CPU), backbone.latent_shape, 3, CPU)
+    ode = backbone.schedule("ode", 0.0, steps)
+    trajectory = rollout([Prompt(text) for text in TEXTS], torch.arange(3), schedule=ode, seed=7)
     call = dict(num_inference_steps=steps, guidance_scale=1.0, max_sequence_length=length, latents=noise)
     expected = stock(TEXTS, output_type="latent", **call).images
     assert torch.equal(trajectory.latents[:, 0], noise)

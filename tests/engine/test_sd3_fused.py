@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers.models.attention import JointTransformerBlock
 from latent_critic.engine.backbones import load_backbone, sd3_fused
 from latent_critic.engine.backbones.sd3_fused import FusedJointTransformerBlock, fuse, unfuse
 from latent_critic.engine.inference_copy import InferenceCopy
+from latent_critic.engine.sharding import World
 from latent_critic.engine.trainer import Trainer
 
 EPS = torch.finfo(torch.float32).eps
@@ -150,12 +152,15 @@ def test_inference_copy_of_a_fused_model(tiny_config, tiny_model):
     expected = model(latents, steps, conditioning)
     model.backbone.fuse()
     sampling = InferenceCopy(model)
-    for found in (model(latents, steps, conditioning), sampling.model(latents, steps, conditioning)):
+    sampling.attach(SimpleNamespace(module=model), "copy", World(0, 1, torch.device("cpu")))
+    twin = sampling.module()
+    for found in (model(latents, steps, conditioning), twin(latents, steps, conditioning)):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.01
-    moved = sampling.refresh()(latents, steps, conditioning)
+    sampling.refresh()
+    moved = twin(latents, steps, conditioning)
     assert not torch.equal(moved[0], expected[0])
     assert all(torch.equal(a, b) for a, b in zip(moved, model(latents, steps, conditioning), strict=True))
 

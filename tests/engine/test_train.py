@@ -56,7 +56,7 @@ def test_two_ranks_under_the_launcher(tiny_pipeline, tmp_path):
     assert code == 0, stderr
     assert lines[0] == "latent-critic: run"
     names = [line.split()[0].rstrip(":") for line in lines[1:] if line]
-    plan = ["model", "device", "sampling", "iteration", "rewards", "memory", "length"]
+    plan = ["model", "device", "sampling", "iteration", "rewards", "rollout", "attention", "memory", "length"]
     summary = ["held-out", "tiny_rewards:brightness", "overhead", "pictures", "metrics", "model", "checkpoint"]
     assert names == plan + summary
     assert "2 x CPU, DeepSpeed ZeRO stage 3" in lines[2]
@@ -322,9 +322,10 @@ def test_value_pretraining_teaches_the_critic_and_leaves_the_policy_alone(tiny_p
     )
     trainer = Trainer(Config.model_validate_json(json.dumps(config)), world, tmp_path / "run")
     policy = gather_state(trainer.model.trunk, world)
-    before = trainer.evaluator(trainer.engine, trainer.standardizer)
+    before = trainer.evaluator(trainer.rollout, trainer.standardizer)
     rows = [trainer.iterate(iteration) for iteration in range(4)]
-    after = trainer.evaluator(trainer.engine, trainer.standardizer)
+    trainer.refresh()
+    after = trainer.evaluator(trainer.rollout, trainer.standardizer)
 
     assert {row["phase"] for row in rows} == {"value_pretraining"}
     assert all("policy_loss" not in row and row["value_loss"] > 0 for row in rows)

@@ -1,5 +1,8 @@
 """The clock counts what the trunk computes, and nothing else."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -15,10 +18,11 @@ def now(monkeypatch):
     """A clock that only moves when told to."""
 
     class Now:
-        seconds = 0.0
+        seconds, lock = 0.0, threading.Lock()
 
         def spend(self, seconds):
-            self.seconds += seconds
+            with self.lock:
+                self.seconds += seconds
 
     now = Now()
     monkeypatch.setattr(trunk_clock.time, "perf_counter", lambda: now.seconds)
@@ -56,7 +60,9 @@ def trunk(now):
 
 @pytest.fixture
 def clock(trunk):
-    return TrunkClock(torch.device("cpu"), trunk)
+    clock = TrunkClock(torch.device("cpu"))
+    clock.watch(trunk)
+    return clock
 
 
 def test_forwards_alone(now, trunk, clock):
@@ -89,3 +95,37 @@ def test_backward_that_does_not_reach_the_trunk_costs_nothing(now, trunk, clock)
         clock.backward_done()
         now.spend(ELSEWHERE)
         assert clock.read() == FORWARD
+
+
+def test_side_by_side_each_counts_its_share(now):
+    """Two threads whose forwards take turns on the clock; neither ends the other's span."""
+    clock, trunks = TrunkClock(torch.device("cpu")), [Trunk(now) for _ in range(2)]
+    order = [threading.Barrier(2, timeout=60) for _ in range(2)]
+
+    class Meet(nn.Module):
+        """A trunk that begins and ends with the other one."""
+
+        def __init__(self, trunk):
+            super().__init__()
+            self.trunk = trunk
+
+        def forward(self, x):
+            order[0].wait()
+            y = self.trunk(x)
+            order[1].wait()
+            return y
+
+    with torch.no_grad(), ThreadPoolExecutor(2) as threads:
+        modules = [Meet(trunk) for trunk in trunks]
+        for module in modules:
+            clock.watch(module, side_by_side=2)
+        list(threads.map(lambda module: module(torch.ones(2)), modules))
+    # On this clock both spans hold both forwards; side by side they are the time of one wall clock.
+    assert clock.read() == 2 * FORWARD
+
+
+def test_a_span_counts_what_calls_no_module(now, clock):
+    with clock.span():
+        now.spend(3.0)
+    now.spend(ELSEWHERE)
+    assert clock.read() == 3.0

@@ -7,15 +7,14 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from latent_critic.engine.backbones.base import timestep_of
 from latent_critic.engine.errors import TrainingError
 from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import Prompt
-from latent_critic.engine.rollout import rollout, rows
+from latent_critic.engine.rollout import Rollout, rows
 from latent_critic.engine.sharding import gather_state, shard
-from latent_critic.engine.transitions import build_table, ddim_table
+from latent_critic.engine.transitions import Schedule, ddim_table
 from latent_critic.engine.trunk_clock import TrunkClock
-from latent_critic.engine.update import Updater
+from latent_critic.engine.update import Updater, spans_of
 
 CPU = torch.device("cpu")
 PROMPTS = [Prompt(text) for text in ("a red circle", "two blue squares", "a green triangle", "a yellow circle")]
@@ -26,12 +25,12 @@ SMALL = {"num_inference_steps": STEPS, "samples_per_iteration": 4, "micro_batch_
 
 
 def schedule(backbone, transition):
-    """Table and timesteps. ddim is of a diffusion model; here only its table is of interest."""
-    sigmas = backbone.sigmas(STEPS)
+    """ddim is of a diffusion model; here only its table is of interest."""
     if transition == "ddim":
+        timesteps = backbone.schedule("ode", 0.0, STEPS).timesteps
         alphas = torch.linspace(0.9999**0.5, 0.1, 1000) ** 2
-        return ddim_table(alphas, (999 * sigmas[:-1]).long(), 1.0, "v_prediction"), timestep_of(sigmas[:-1])
-    return build_table(transition, NOISE_LEVELS[transition], sigmas=sigmas), timestep_of(sigmas[:-1])
+        return Schedule(ddim_table(alphas, (0.999 * timesteps).long(), 1.0, "v_prediction"), timesteps)
+    return backbone.schedule(transition, NOISE_LEVELS[transition], STEPS)
 
 
 class Run:
@@ -41,30 +40,20 @@ class Run:
         self.config, self.world, self.model = config, world, model
         if config.model.gradient_checkpointing:
             model.trunk.enable_gradient_checkpointing()
-        self.clock = TrunkClock(CPU, model.trunk)
-        self.encode = PromptCache(model.backbone)
+        self.clock = TrunkClock(CPU)
+        self.clock.watch(model.trunk)
+        self.encode = PromptCache(model.backbone, CPU)
         self.engine = shard(model, config, world)
         self.updater = Updater(self.engine, config, world, self.clock)
         self.guided = config.rollout.guidance_scale > 1
-        self.unconditional = self.encode([""], CPU) if self.guided else None
+        self.unconditional = self.encode([""]) if self.guided else None
 
     def sample(self, transition=None, first=0, model=None):
         """By the sharded engine, or an unsharded model."""
-        table, timesteps = schedule(self.model.backbone, transition or self.config.rollout.transition)
-        count = self.config.rollout.samples_per_iteration
-        return rollout(
-            model or self.engine,
-            self.encode,
-            PROMPTS[:count],
-            torch.arange(first, first + count),
-            table=table,
-            timesteps=timesteps,
-            latent_shape=self.model.backbone.latent_shape,
-            seed=5,
-            micro_batch_size=self.config.rollout.micro_batch_size,
-            device=CPU,
-            guided=self.guided,
-        )
+        steps = schedule(self.model.backbone, transition or self.config.rollout.transition)
+        count, size = self.config.rollout.samples_per_iteration, self.config.rollout.micro_batch_size
+        rollout = Rollout([model or self.engine], self.encode, self.model.backbone.latent_shape, size, CPU)
+        return rollout(PROMPTS[:count], torch.arange(first, first + count), schedule=steps, seed=5)
 
     def weights(self):
         return gather_state(self.model, self.world)
@@ -187,6 +176,7 @@ MUST_MOVE = (
 )
 CASES = {
     "flow-sde": ([False, True], {}),
+    "two steps a forward": ([True], {"rollout": {"micro_batch_size": 2}, "training": {"steps_per_forward": 2}}),
     "cps, guided, shared trunk, checkpointed": (
         [True, False, True],
         {
@@ -236,6 +226,19 @@ def test_equals_plain_pytorch(start, tiny_model, case):
         assert (weights[name] - expected[name]).abs().max() < 1e-5, name
     moved = {name: (expected[name] - first[name]).abs().max().item() for name in expected}
     assert all(moved[name] > (1e-3 if name.startswith("critic") else 1e-4) for name in MUST_MOVE), moved
+
+
+@pytest.mark.parametrize(
+    "count, at_once, lengths", [(4, 1, [1] * 4), (9, 4, [3, 3, 3]), (10, 4, [3, 3, 4]), (3, 8, [3])]
+)
+def test_spans_share_the_steps_fairly(count, at_once, lengths):
+    spans = spans_of(count, at_once)
+    assert [span.steps.stop - span.steps.start for span in spans] == lengths
+    assert [k for span in spans for k in range(count)[span.steps]] == list(range(count))
+    # A span's mean over its steps, weighted, and the mean over spans: every step counts 1 / count.
+    for span, length in zip(spans, lengths, strict=True):
+        assert span.weight / len(spans) / length == pytest.approx(1 / count)
+    assert spans[0].name == ("step 0" if lengths[0] == 1 else f"steps 0 to {lengths[0] - 1}")
 
 
 def test_first_update_of_a_fresh_batch_has_ratio_one(start):

@@ -236,12 +236,9 @@ def train_and_look(config: dict, plain: bool) -> None:
     import torch
 
     from latent_critic.engine import sharding, trainer
-    from latent_critic.engine.backbones.base import timestep_of
     from latent_critic.engine.checkpoint import export
     from latent_critic.engine.config import Config
-    from latent_critic.engine.rollout import rollout
     from latent_critic.engine.scoring import Scoring
-    from latent_critic.engine.transitions import ode_table
 
     if plain:
         trainer.shard = PlainEngine
@@ -249,33 +246,23 @@ def train_and_look(config: dict, plain: bool) -> None:
     run = trainer.Trainer(Config.model_validate_json(json.dumps(config)), world, Path("run"))
     drawn = run.sample(0, Scoring(run.backbone, run.rewards))
     seen = {"initial": sharding.gather_state(run.model, world), "rollout": drawn.latents, "rows": []}
-    places = [parameter.data_ptr() for parameter in run.sampling.model.parameters()]
+    copy = run.rollout.models[0]
+    places = [parameter.data_ptr() for parameter in copy.parameters()]
     for iteration in range(config["training"]["value_pretraining_iterations"] + config["training"]["iterations"]):
         seen["rows"].append(run.iterate(iteration))
     seen["final"] = sharding.gather_state(run.model, world)
-    copy = run.sampling.refresh()
+    run.refresh()
     seen["copy"] = {name: tensor.clone() for name, tensor in copy.named_parameters()}
     seen["copy stayed"] = places == [parameter.data_ptr() for parameter in copy.parameters()]
-    seen["evaluation"] = vars(run.evaluator(copy, run.standardizer))
+    seen["evaluation"] = vars(run.evaluator(run.rollout, run.standardizer))
     if not plain:
         parameters = dict(run.model.named_parameters())
         seen["shards"] = {n: (p.ds_numel, p.ds_tensor.numel(), p.numel()) for n, p in parameters.items()}
         run.run_dir.mkdir(exist_ok=True)
         export(run.run_dir, run.model, world)
         prompts = run.sampler.prompts[:2]
-        sigmas = run.backbone.sigmas(4)
-        seen["ode"] = rollout(
-            copy,
-            run.encode,
-            prompts,
-            torch.arange(2),
-            table=ode_table(sigmas),
-            timesteps=timestep_of(sigmas[:-1]),
-            latent_shape=run.backbone.latent_shape,
-            seed=7,
-            micro_batch_size=2,
-            device=world.device,
-        ).latents
+        ode = run.backbone.schedule("ode", 0.0, 4)
+        seen["ode"] = run.rollout(prompts, torch.arange(2), schedule=ode, seed=7).latents
         seen["pictures"] = run.backbone.decode(seen["ode"][:, -1])
         seen["prompts"] = [prompt.text for prompt in prompts]
     torch.save(seen, f"seen-{world.rank}.pt")
@@ -289,6 +276,7 @@ class PlainEngine:
 
         options = config.optimizer
         self.module = model
+        self.policy_parameters = list(model.trunk.parameters())
         self.clip = options.gradient_clipping
         self.optimizer = torch.optim.AdamW(
             [
@@ -397,6 +385,130 @@ def policy_breaks_in_the_last_iteration() -> None:
         return iterate(self, iteration)
 
     Trainer.iterate = break_and_iterate
+
+
+# ------------------------------------------------------------------------------- what test_refresh.py has a look at
+
+
+def refresh_and_look(config: dict, lora: bool) -> None:
+    """Three updates, the second of the critic alone, under copies of each kind; seen-RANK.pt is what became of these.
+
+    "auto" has exactly the memory it asks for, "scarce" a byte less, on the last rank alone.
+    """
+    import torch
+
+    from latent_critic.engine import inference_copy, sharding
+    from latent_critic.engine.actor_critic import ActorCritic
+    from latent_critic.engine.backbones import load_backbone
+    from latent_critic.engine.config import Config
+    from latent_critic.kernels.transition import transition_log_prob, transition_step
+
+    world = sharding.init_distributed()
+    config = Config.model_validate_json(json.dumps(config))
+    torch.manual_seed(0)
+    backbone = load_backbone(config.model.pretrained, config.model.max_sequence_length)
+    if lora:
+        from peft import LoraConfig
+
+        backbone.trunk.requires_grad_(False)
+        # Both factors random: one of them starts at 0 otherwise, and the other's first gradients with it.
+        targets = ["to_q", "to_k", "to_v"]
+        backbone.trunk.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    model = ActorCritic(backbone, config.critic, [reward.name for reward in config.rewards]).eval()
+    for layer in (model.critic.taps.modulation, *(head[-1] for head in model.critic.heads)):
+        torch.nn.init.normal_(layer.weight)  # they start at 0, where what comes before them learns nothing yet
+    model.to(world.device, sharding.resolve_dtype(config.model.dtype, world.device))
+    modes = {"auto": "auto", "copy": "copy", "scarce": "auto", "sharded": "sharded"}
+    copies = {kind: inference_copy.InferenceCopy(model) for kind in modes}
+    engine = sharding.shard(model, config, world)
+    parameters = dict(model.named_parameters())
+
+    gathered = []  # bytes a call: what each bucket asked for, and what went through the collective
+    gather, collective = inference_copy._gather, inference_copy.all_gather_into_tensor
+    inference_copy._gather = lambda bucket: (gathered.append(("bucket", sum(w.nbytes for w in bucket))), gather(bucket))
+
+    def count_and_gather(whole, *arguments, **options):
+        gathered.append(("collective", whole.nbytes))
+        return collective(whole, *arguments, **options)
+
+    inference_copy.all_gather_into_tensor = count_and_gather
+
+    def traffic() -> dict[str, int]:
+        found = {what: sum(size for name, size in gathered if name == what) for what in ("bucket", "collective")}
+        gathered.clear()
+        return found
+
+    def whole() -> dict:
+        found = {}
+        for name, parameter in parameters.items():
+            is_shard = hasattr(parameter, "ds_id")
+            with sharding.deepspeed.zero.GatheredParameters([parameter], enabled=is_shard):
+                found[name] = parameter.detach().clone()
+        return found
+
+    def padded(parameter) -> int:
+        return parameter.ds_tensor.nbytes * world.size if hasattr(parameter, "ds_id") else parameter.nbytes
+
+    seen = {
+        "padded": {name: padded(parameter) for name, parameter in parameters.items()},
+        "attached": {},
+        "rounds": [],
+        "initial": whole(),
+    }
+    needed = sum(seen["padded"].values())
+    for kind, mode in modes.items():
+        is_last = world.rank == world.size - 1
+        inference_copy._free_bytes = lambda world, less=kind == "scarce" and is_last: 2 * needed - less
+        copies[kind].attach(engine, mode, world)
+        about = {"is_static": copies[kind].is_static, "description": copies[kind].description}
+        seen["attached"][kind] = about | traffic()
+    models = {kind: copies[kind].module() for kind in modes}
+    seen["theirs"] = {kind: model is engine.module for kind, model in models.items()}
+
+    generator = torch.Generator().manual_seed(1 + world.rank)
+    z, noise = torch.randn(2, 2, *backbone.latent_shape, generator=generator)
+    inputs = z, torch.tensor([900.0, 300.0]), backbone.encode_prompts(["a red circle", "a green square"])
+    table = torch.tensor([[0.9, -0.1, 0.3]])
+
+    @torch.no_grad()
+    def draw() -> dict:
+        drawn = {}
+        for kind, model in models.items():
+            prediction, values = model(*inputs)
+            drawn[kind] = (*transition_step(prediction, z, noise, table, 0), values)
+        return drawn
+
+    for update in range(4):
+        policy_lr = 0.0 if update == 1 else config.optimizer.policy_lr
+        sharding.set_learning_rates(engine, policy_lr, config.optimizer.critic_lr)
+        row = {"trains": [name for name, parameter in parameters.items() if parameter.requires_grad]}
+        drawn = {"stale": draw()}
+        row["traffic"] = {}
+        for kind in modes:
+            copies[kind].refresh()
+            row["traffic"][kind] = traffic()
+        drawn["fresh"] = draw()
+        weights = row["weights"] = whole()
+        for kind in ("auto", "copy"):
+            mine = dict(models[kind].named_parameters())
+            assert mine.keys() == weights.keys()
+            same = {name: mine[name].dtype == w.dtype and torch.equal(mine[name], w) for name, w in weights.items()}
+            row[f"{kind} differs"] = [name for name, equal in same.items() if not equal]
+            row[f"{kind} places"] = [parameter.data_ptr() for parameter in mine.values()]
+        row["places"] = [getattr(p, "ds_tensor", p).data_ptr() for p in parameters.values()]
+        row["generations"] = {kind: copies[kind].generation for kind in modes}
+
+        engine.set_gradient_accumulation_boundary(True)
+        prediction, values = engine(*inputs)
+        for when, by_kind in drawn.items():
+            for kind, (z_next, log_prob, old_values) in by_kind.items():
+                ratio = (transition_log_prob(prediction.detach(), z, z_next, table, 0) - log_prob).exp()
+                row[when, kind] = ratio, torch.equal(old_values, values)
+        seen["rounds"].append(row)
+        if update < 3:
+            engine.backward(prediction.square().mean() + (values - 1).square().mean())
+            engine.step()
+    torch.save(seen, f"seen-{world.rank}.pt")
 
 
 if "TASK" in globals():

@@ -1,0 +1,143 @@
+"""Stable Diffusion 1.x and 2.x: `StableDiffusionPipeline` folders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..transitions import Schedule, build_table
+from .base import Backbone, Conditioning, as_uint8, freeze
+
+
+class UNetBackbone(Backbone):
+    """The blocks are numbered as the UNet runs them: down, mid, up (SD1.x and SD2.x: 0-3, 4, 5-8)."""
+
+    def __init__(self, pipe: StableDiffusionPipeline):
+        self.pipe = pipe
+        self.trunk = pipe.unet
+        self.encoders = [pipe.text_encoder]
+        config = pipe.unet.config
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        channels = config.block_out_channels
+        self._widths = [*channels, channels[-1], *reversed(channels)]
+        self.width = channels[-1]
+        self.depth = len(self._widths)
+        self.text_width = pipe.text_encoder.config.hidden_size
+        self._scheduler = _ddim(pipe.scheduler.config)
+        freeze(pipe.vae, pipe.text_encoder)
+        pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are faster so
+        pipe.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(cls, folder: Path, max_sequence_length: int) -> "UNetBackbone":
+        """Without the safety checker. Prompts have the tokenizer's own length: max_sequence_length is T5's."""
+        return cls(
+            StableDiffusionPipeline.from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+        )
+
+    def to(self, device: torch.device) -> None:
+        self.pipe.vae.to(device)
+
+    def fuse(self) -> None:
+        """Changes nothing: there is no kernel yet for what a UNet's blocks are made of."""
+
+    @torch.no_grad()
+    def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
+        """The pooled text is CLIP's own: what its text encoder says at the end of the text."""
+        pooled: list[Tensor] = []
+        encoder = self.pipe.text_encoder
+        # The pipeline drops that part of the encoder's output.
+        with encoder.register_forward_hook(lambda _encoder, _inputs, output: pooled.append(output.pooler_output)):
+            embeds, _ = self.pipe.encode_prompt(list(texts), encoder.device, 1, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled[0].float()}
+
+    def pooled_text(self, conditioning: Conditioning) -> Tensor:
+        return conditioning["pooled_prompt_embeds"]
+
+    def schedule(
+        self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
+    ) -> Schedule:
+        scheduler, trained = self._scheduler, self._scheduler.config.num_train_timesteps
+        if num_inference_steps >= trained:  # some spacings then ask for a timestep that does not exist
+            raise UserError(
+                f"rollout.num_inference_steps, evaluation.num_inference_steps: {num_inference_steps} is too many; "
+                f"this model has {trained} timesteps, so choose {trained - 1} at most"
+            )
+        scheduler.set_timesteps(num_inference_steps)
+        timesteps = scheduler.timesteps
+        timesteps = timesteps[timesteps >= 0]  # for some K "trailing" ends with one more, -1, by a rounding error
+        table = build_table(
+            transition,
+            noise_level,
+            alphas_cumprod=scheduler.alphas_cumprod,
+            timesteps=timesteps,
+            # DDIMScheduler steps down by T // K, even where its timesteps lie otherwise.
+            next_timesteps=timesteps - trained // num_inference_steps,
+            prediction_type=scheduler.config.prediction_type,
+            final_alpha_cumprod=scheduler.final_alpha_cumprod.item(),
+            num_trained_steps=num_trained_steps,
+        )
+        return Schedule(table, timesteps.float())
+
+    def predict(self, trunk: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        return trunk(
+            sample=latents,
+            timestep=timesteps,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            return_dict=False,
+        )[0]
+
+    def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
+        block = [*trunk.down_blocks, trunk.mid_block, *trunk.up_blocks][index]
+        return block, 0 if index < len(trunk.down_blocks) else None  # a down block returns its residuals too
+
+    def tap_width(self, index: int) -> int:
+        return self._widths[index]
+
+    def tokens(self, features: Tensor) -> Tensor:
+        # One copy, which brings a pixel's channels together in memory; none if the features are channels_last.
+        return features.flatten(2).transpose(1, 2).contiguous()
+
+    def default_taps(self) -> list[int]:
+        """The mid block and the up blocks as wide as it, where a UNet holds what the picture shows (arXiv 2210.10960,
+        arXiv 2306.03881). In SD1.x and SD2.x: 4, 5 and 6, of 1280 channels."""
+        return [index for index in range(self.depth // 2, self.depth) if self._widths[index] == self.width]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        return as_uint8(vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample)
+
+    def save(self, trunk_state: dict[str, Tensor], folder: Path) -> None:
+        """With the scheduler of the folder that was loaded, without a safety checker."""
+        trunk = UNet2DConditionModel.from_config(self.trunk.config)
+        trunk.load_state_dict(trunk_state, assign=True)  # with their dtype
+        self.pipe.vae.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+        components = {**self.pipe.components, "unet": trunk}
+        StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(folder)
+
+
+def _ddim(config: dict) -> DDIMScheduler:
+    """DDIM over the noise levels and timesteps of a pipeline's scheduler, of whatever kind that is."""
+    # As StableDiffusionPipeline has it in any scheduler: an offset of 1, and no clip_sample, which we never do.
+    scheduler = DDIMScheduler.from_config(config, steps_offset=1)
+    if scheduler.config.thresholding:
+        raise UserError(
+            "model.pretrained: its scheduler has thresholding = true, which has no likelihood; it is not meant for "
+            "latents, so set it to false in scheduler/scheduler_config.json"
+        )
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f'model.pretrained: its scheduler has prediction_type = "{scheduler.config.prediction_type}"; supported '
+            "are epsilon and v_prediction"
+        )
+    return scheduler

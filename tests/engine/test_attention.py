@@ -13,6 +13,7 @@ from latent_critic.engine.backbones import attention, load_backbone
 from latent_critic.engine.backbones.attention import set_attention_backend
 from latent_critic.engine.backbones.sd3_fused import fuse, unfuse
 from latent_critic.engine.errors import UserError
+from latent_critic.engine.trainer import Trainer
 
 EPS = torch.finfo(torch.float32).eps
 HEADS, WIDTH = 3, 24
@@ -324,8 +325,13 @@ def test_a_backend_that_does_not_run_here(stock, trunk, monkeypatch, name, reaso
 
 
 def test_a_backend_that_is_downloaded_without_a_network(trunk, monkeypatch):
+    """The others of its kind are not tried to be downloaded in its place."""
+    tried = []
+
     def download(backend):
-        raise OSError("Name or service not known")
+        if backend.value.endswith("_hub"):
+            tried.append(backend.value)
+            raise OSError("Name or service not known")
 
     monkeypatch.setattr(attention_dispatch, "_check_attention_backend_requirements", lambda backend: None)
     monkeypatch.setattr(attention_dispatch, "_maybe_download_kernel_for_backend", download)
@@ -334,6 +340,7 @@ def test_a_backend_that_is_downloaded_without_a_network(trunk, monkeypatch):
     )
     with pytest.raises(UserError, match=expected):
         set_attention_backend(trunk, "_flash_3_hub")
+    assert tried == ["_flash_3_hub"]
 
 
 def test_a_backend_without_a_gradient(trunk, monkeypatch):
@@ -352,6 +359,18 @@ def test_a_processor_that_takes_no_backend(trunk):
     with pytest.raises(UserError, match='"native": this model\'s AttnProcessor takes no backend; use "auto"'):
         set_attention_backend(trunk, "native")
     assert set_attention_backend(trunk, "auto") == "the model's own (AttnProcessor)"
+
+
+def test_config_key(tiny_config, world, tmp_path):
+    """The trunk that trains, and those that sample."""
+    trainer = Trainer(tiny_config(model={"attention_backend": "_native_math"}), world, tmp_path)
+    try:
+        for model in (trainer.model, *trainer.rollout.models):
+            attentions = [module for module in model.trunk.modules() if isinstance(module, Attention)]
+            assert {a.processor._attention_backend for a in attentions} == {AttentionBackendName._NATIVE_MATH}
+        assert trainer.attention == "_native_math, as asked"
+    finally:
+        trainer.engine.destroy()
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU

@@ -64,6 +64,9 @@ class DenoisingLoop:
             self._capture(pool)
             if check_addresses:
                 self._addresses = dict(self._tensors())
+        else:
+            with torch.no_grad():
+                self._step()  # what compiles at its first call does so before other threads run beside it
 
     @property
     def is_captured(self) -> bool:

@@ -52,8 +52,6 @@ class Trainer:
         self.backbone = backbone or load_backbone(config.model.pretrained, config.model.max_sequence_length)
         if config.model.fused:
             self.backbone.fuse()
-        if config.model.compile:
-            compile_blocks(self.backbone.blocks(self.backbone.trunk))
         self.backbone.to(world.device)
         if config.model.gradient_checkpointing:
             self.backbone.trunk.enable_gradient_checkpointing()
@@ -67,6 +65,8 @@ class Trainer:
         self.model = ActorCritic(self.backbone, config.critic, names, config.rollout.guidance_scale).eval()
         self.model.to(world.device, resolve_dtype(config.model.dtype, world.device))
         self.attention = self.backbone.set_attention_backend(config.model.attention_backend)
+        if config.model.compile:
+            compile_blocks(self.backbone.blocks(self.backbone.trunk))
         self.encode = PromptCache(self.backbone, world.device)
         self.cost = measure(self.model, world.cores, config.training.steps_per_forward, *self._micro_batch())
         self.weights = InferenceCopy(self.model)

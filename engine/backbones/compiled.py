@@ -19,13 +19,16 @@ _COMPILED: dict[type[nn.Module], type[nn.Module]] = {}
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compiles the forwards of `blocks` in place, at their first call; a second time changes nothing.
 
-    Call it after `fuse`. Raises UserError where torch.compile does not work.
+    Call it after `fuse`, on the device of the run. Raises UserError where torch.compile does not work there.
     """
     blocks = list(blocks)
     _try_compiler(next(blocks[0].parameters()).device)
     for block in blocks:
-        if type(block) not in _COMPILED.values():
-            block.__class__ = _COMPILED.setdefault(type(block), _compiled(type(block)))
+        kind = type(block)
+        if kind not in _COMPILED.values():
+            if kind not in _COMPILED:
+                _COMPILED[kind] = _compiled(kind)
+            block.__class__ = _COMPILED[kind]
 
 
 def _compiled(kind: type[nn.Module]) -> type[nn.Module]:

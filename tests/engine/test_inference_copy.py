@@ -3,11 +3,13 @@
 import copy
 import gc
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from torch.profiler import ProfilerActivity, profile
 
 from latent_critic.engine import inference_copy
 from latent_critic.engine.errors import UserError
@@ -90,34 +92,28 @@ def outputs_agree(left, right) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def storages() -> dict[int, torch.UntypedStorage]:
-    """Of all tensors there are, by address. Other tests' fake tensors have none; who holds the result keeps them alive,
-    so that no address is given out again."""
+def bytes_kept(work: Callable) -> tuple[int, object]:
+    """Of CPU memory that `work` leaves allocated, and its result."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-
-
-def bytes_since(before: dict[int, torch.UntypedStorage]) -> int:
-    return sum(storage.nbytes() for address, storage in storages().items() if address not in before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        result = work()
+    return sum(event.self_cpu_memory_usage for event in found.events()), result
 
 
 # ------------------------------------------------------------------------------------------------- where weights live
 
 
 def test_no_second_set_of_weights_before_it_is_attached(original):
-    before = storages()
-    found = InferenceCopy(original)
-    assert bytes_since(before) == 0
+    size, found = bytes_kept(lambda: InferenceCopy(original))
+    assert size == 0
     assert all(parameter.numel() == 0 for parameter in found._pristine.parameters())
-    twin = copy.deepcopy(original)
-    assert bytes_since(before) >= sum(parameter.nbytes for parameter in twin.parameters())  # what would be seen
+    size, twin = bytes_kept(lambda: copy.deepcopy(original))
+    assert size >= sum(parameter.nbytes for parameter in twin.parameters())  # what would be seen
 
 
 def test_unsharded_weights_are_shared(original, inputs):
-    before = storages()
-    found = attached(original)
-    assert bytes_since(before) == 0
+    size, found = bytes_kept(lambda: attached(original))
+    assert size == 0
     module = found.module()
     assert module is not original and places(module) == places(original)
     assert found.is_static and found.description == "shares the shards (1 process), 0 MiB more"

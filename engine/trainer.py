@@ -12,6 +12,7 @@ from .advantages import mean_and_variance
 from .backbones import load_backbone
 from .backbones.base import Backbone, Conditioning
 from .backbones.compiled import compile_blocks
+from .backbones.onednn import use_onednn
 from .checkpoint import CheckpointStore, disk_errors, export
 from .config import Config, save_config
 from .errors import UserError
@@ -52,6 +53,7 @@ class Trainer:
         self.backbone = backbone or load_backbone(config.model.pretrained, config.model.max_sequence_length)
         if config.model.fused:
             self.backbone.fuse()
+        use_onednn(self.backbone.trunk)
         self.backbone.to(world.device)
         if config.model.gradient_checkpointing:
             self.backbone.trunk.enable_gradient_checkpointing()

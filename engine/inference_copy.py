@@ -150,6 +150,11 @@ class InferenceCopy:
             weight.share()
         self.generation += bool(moved)
 
+    @property
+    def trained(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Each parameter of the original that is trained, and the one that all modules here have in its place."""
+        return [(weight.original, weight.twin) for weight in self._weights if weight.is_trained]
+
     def module(self) -> ActorCritic:
         """A module over these weights, without gradients: another one at each call, for a thread to call its own.
 

@@ -1,7 +1,9 @@
 """What a rollout's pictures earned, and what policy and critic are to learn from it."""
 
 import time
-from functools import cached_property
+from collections.abc import Callable
+from threading import RLock
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -10,6 +12,20 @@ from .config import AlgorithmConfig
 from .reward_stats import RunningStandardizer
 from .scoring import Scoring
 from .trajectory import Trajectory
+
+T = TypeVar("T")
+
+
+def _once(compute: Callable[["Outcome"], T]) -> T:
+    """A cached property that several threads may ask for: one computes it and the others wait."""
+
+    def get(self: "Outcome") -> T:
+        with self._turn:
+            if compute not in self._found:
+                self._found[compute] = compute(self)
+            return self._found[compute]
+
+    return property(get, doc=compute.__doc__)
 
 
 class Outcome:
@@ -31,8 +47,9 @@ class Outcome:
         self._trajectory, self._scoring, self._standardizer = trajectory, scoring, standardizer
         self._algorithm, self._weights = algorithm, weights
         self.seconds = 0.0
+        self._turn, self._found = RLock(), {}
 
-    @cached_property
+    @_once
     def raw(self) -> Tensor:
         """Rewards as they were given, float32 [N, M]. The standardizer learns them here."""
         began = time.perf_counter()
@@ -41,24 +58,24 @@ class Outcome:
         self._standardizer.update(raw)
         return raw
 
-    @cached_property
+    @_once
     def rewards(self) -> Tensor:
         """Standardised, [N, M]."""
         return self._standardizer.standardize(self.raw)
 
-    @cached_property
+    @_once
     def advantages(self) -> Tensor:
         """What the policy learns, of all rewards together and normalised: [N, T]."""
         algorithm, trained = self._algorithm, self._trajectory.trained_steps
         advantages, _ = gae(self.rewards, self._trajectory.values, algorithm.gamma, algorithm.lam)
         return normalize(advantages[:, :trained], self._weights, algorithm.advantage_clip)
 
-    @cached_property
+    @_once
     def returns(self) -> Tensor:
         """What the critic learns, [N, K, M]: without bootstrapping, since a critic taught by itself drifts."""
         return gae(self.rewards, self._trajectory.values, self._algorithm.gamma, lam=1.0)[1]
 
-    @cached_property
+    @_once
     def explained_variance(self) -> Tensor:
         """Share of the returns' variance that the rollout's values foresaw, by step: [K]."""
         return explained_variance(self._trajectory.values, self.returns).mean(1)

@@ -1,6 +1,5 @@
 """What a run is going to be, said before it starts."""
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -9,7 +8,6 @@ from torch import nn
 
 from .actor_critic import ActorCritic
 from .config import Config
-from .cores import Cores
 from .sharding import World, resolve_dtype
 
 
@@ -22,16 +20,17 @@ def count(module: nn.Module) -> int:
 class Measurement:
     """A micro-batch's way through the unsharded actor-critic, on this machine."""
 
-    rollout: float  # seconds of a denoising step; side by side with others its share of the time
+    # Of micro-batches side by side each has its share of the time.
+    rollout: float  # seconds of a denoising step
     forward: float  # seconds a denoising step of a forward without gradient, in an update
     training: float  # seconds a denoising step of a forward and its backward
-    activations: int  # bytes that a training forward keeps for its backward
+    activations: int  # bytes that the training forwards of a time keep for their backwards
 
 
 def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> Measurement:
     """Times the second pass of each kind and counts what autograd keeps. Leaves no gradients behind.
 
-    inputs: of one micro-batch, as the model takes them; on a CPU `cores` of them are sampled side by side.
+    inputs: of one micro-batch, as the model takes them; on a CPU `cores` of them run side by side.
     """
 
     def forward() -> None:
@@ -40,8 +39,8 @@ def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> 
 
     rollout = _seconds(forward) / cores
     inputs = [*(_repeat(x, steps_per_forward) for x in inputs[:3]), *inputs[3:]]  # the unconditional prompt is one row
-    alone = _seconds(forward, cores) / steps_per_forward
-    training = _seconds(lambda: _loss(model(*inputs)).backward(), cores) / steps_per_forward
+    alone = _seconds(forward) / (steps_per_forward * cores)
+    training = _seconds(lambda: _loss(model(*inputs)).backward()) / (steps_per_forward * cores)
     kept: dict[int, int] = {}
 
     def count_bytes(tensor):
@@ -54,7 +53,7 @@ def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> 
     weights = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.data_ptr() in kept)
     del loss
     model.zero_grad(set_to_none=True)
-    return Measurement(rollout, alone, training, max(0, sum(kept.values()) - weights))
+    return Measurement(rollout, alone, training, cores * max(0, sum(kept.values()) - weights))
 
 
 def _repeat(x: torch.Tensor | dict, times: int) -> torch.Tensor | dict:
@@ -68,18 +67,15 @@ def _loss(outputs) -> torch.Tensor:
     return prediction.square().mean() + values.square().mean()
 
 
-def _seconds(run, cores: int = 1) -> float:
-    """Of the second run; of two cores or more on as many or on one, as is faster."""
-    passes, fastest = Cores(cores), math.inf
-    for _ in range(2 if cores == 1 else 4):
+def _seconds(run) -> float:
+    """Of the second run."""
+    for _ in range(2):
         begin = time.perf_counter()
-        with passes.one_pass("measured"):
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-        fastest = min(fastest, seconds)
-    return seconds if cores == 1 else fastest
+    return seconds
 
 
 def describe_plan(

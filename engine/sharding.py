@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .actor_critic import ActorCritic
 from .config import Config
-from .cores import cores_of_this_process
 from .errors import UserError
 from .optimizer import PhasedAdamW
 from .units import make_units
@@ -49,6 +48,9 @@ def init_distributed() -> World:
         # Otherwise DeepSpeed compiles its shared-memory collectives at start: a minute, and a lock if interrupted.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         cores = cores_of_this_process()
+        # Work is shared out by whole passes, a thread each. PyTorch keeps the threads of an operation for each thread
+        # that computes, and libgomp lets them wait actively only while they are not more than the cores: from then on
+        # every small operation takes up to twice as long.
         torch.set_num_threads(1)
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, dist_init_required=None
@@ -58,6 +60,12 @@ def init_distributed() -> World:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), device, cores)
+
+
+def cores_of_this_process() -> int:
+    """This process's share of the machine's cores; OMP_NUM_THREADS says otherwise."""
+    cores = torch.get_num_threads()
+    return cores if "OMP_NUM_THREADS" in os.environ else max(1, cores // int(os.environ.get("LOCAL_SIZE", "1")))
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

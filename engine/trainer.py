@@ -20,6 +20,7 @@ from .evaluate import Evaluation, Evaluator
 from .inference_copy import InferenceCopy
 from .metrics import MetricsLogger, ProgressBar, read_metrics
 from .outcome import Outcome
+from .passes import EnginePasses, Passes, SideBySidePasses
 from .plan import describe_plan, measure
 from .prompt_cache import PromptCache
 from .prompts import PromptSampler, load_prompts
@@ -76,8 +77,9 @@ class Trainer:
         self.clock.watch(self.model.trunk)
         self.engine = shard(self.model, config, world)
         self.weights.attach(self.engine, config.rollout.weights, world)
+        self._generation = self.weights.generation
         self.rollout = self._rollout()
-        self.updater = Updater(self.engine, config, world, self.clock)
+        self.updater = Updater(self.engine, self._passes(), config, world)
         self.standardizer = RunningStandardizer(len(names))
         self.evaluator = Evaluator(config, world, self.backbone, held_out, self.rewards, watched, self.schedule)
         self.store = CheckpointStore(run_dir, world, self.model)
@@ -95,9 +97,6 @@ class Trainer:
         sampled = time.perf_counter()
         weights = torch.tensor([reward.weight for reward in self.rewards], device=self.world.device)
         outcome = Outcome(trajectory, scoring, self.standardizer, config.algorithm, weights)
-
-        if self.world.cores > 1:
-            outcome.raw  # noqa: B018 - decoding has all cores first, then the update has them
 
         order = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
         work = trajectory, outcome, self._unconditional(), order
@@ -146,10 +145,10 @@ class Trainer:
 
     def refresh(self) -> None:
         """Brings the weights that sample up to those that are trained."""
-        generation = self.weights.generation
         self.weights.refresh()
-        if self.weights.generation != generation:
+        if self.weights.generation != self._generation:
             self.rollout.close()  # what was captured reads the old addresses
+            self._generation = self.weights.generation
 
     # -------------------------------------------------------------------------------------------------------- the run
 
@@ -235,8 +234,7 @@ class Trainer:
     def _rollout(self) -> Rollout:
         """On a CPU a micro-batch for each core at a time, unless the weights must be gathered for each forward."""
         options, device, size = self.config.rollout, self.world.device, self.config.rollout.micro_batch_size
-        batches = -(-options.samples_per_iteration // (size * self.world.size))
-        count = min(self.world.cores, batches) if self.weights.is_static else 1
+        count = self.world.cores if self.weights.is_static else 1
         models = [self.weights.module() for _ in range(count)]
         if self.weights.is_static:  # else it is the model itself, which is watched
             for model in models:
@@ -244,6 +242,13 @@ class Trainer:
         graph = options.cuda_graph if self.weights.is_static else "off"
         shape = self.backbone.latent_shape
         return Rollout(models, self.encode, shape, size, device, self.clock, graph, options.check_addresses)
+
+    def _passes(self) -> Passes:
+        """Side by side, as micro-batches are sampled; where there is one at a time, through DeepSpeed."""
+        if len(self.rollout.models) == 1:
+            torch.set_num_threads(self.world.cores)
+            return EnginePasses(self.engine, self.clock)
+        return SideBySidePasses(self.engine, self.weights, self.rollout.models, self.clock)
 
     def _micro_batch(self) -> tuple:
         """Inputs of one forward, for measuring."""

@@ -29,12 +29,13 @@ class TrunkClock:
         trunk.register_forward_hook(lambda *_: self._stop(1 / side_by_side))
 
     def watch_backward(self, prediction: Tensor) -> None:
-        """Call with the prediction before its backward, and `backward_done` after it."""
+        """Call with the prediction before its backward, and `backward_done` after it, in the same thread."""
         if prediction.requires_grad:
             prediction.register_hook(lambda _grad: self._start())
 
-    def backward_done(self) -> None:
-        self._stop()
+    def backward_done(self, share: float = 1.0) -> None:
+        """share: of one backward among so many that run at a time."""
+        self._stop(share)
 
     @contextmanager
     def span(self) -> Iterator[None]:

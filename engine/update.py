@@ -6,52 +6,52 @@ takes several steps of these samples: fewer, larger passes, whose matrix product
 they do not: see engine/__init__.py).
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.ppo import PPOClips, ppo_loss, value_loss
 from ..kernels.transition import transition_log_prob
 from .backbones.base import Conditioning
 from .config import Config
-from .cores import Cores
 from .errors import TrainingError
 from .outcome import Outcome
-from .rollout import rows
+from .passes import Forward, Part, Pass, Passes
+from .rollout import LEAST, rows
 from .sharding import World, gradient_norm, set_learning_rates
 from .trajectory import Trajectory
-from .trunk_clock import TrunkClock
 
 
-class Span(NamedTuple):
-    """Denoising steps that share a forward."""
-
-    steps: slice
-    weight: float  # of its mean over steps in the mean over all spans, so that each step counts the same
-
-    @property
-    def name(self) -> str:
-        first, last = self.steps.start, self.steps.stop - 1
-        return f"step {first}" if first == last else f"steps {first} to {last}"
+def split(whole: slice, count: int) -> list[slice]:
+    """In as many slices of nearly one length."""
+    length = whole.stop - whole.start
+    cuts = [whole.start + length * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
-def spans_of(count: int, at_once: int) -> list[Span]:
-    """Steps 0 .. count - 1 in as few spans as may be, of nearly one length."""
-    parts = -(-count // at_once)
-    cuts = [count * i // parts for i in range(parts + 1)]
-    return [Span(slice(a, b), (b - a) * parts / count) for a, b in pairwise(cuts)]
+def parts_of(batches: Sequence[slice], steps: int, steps_per_forward: int, at_once: int) -> list[Part]:
+    """Every step 0 .. steps - 1 of every sample of some micro-batches, in parts that each have a forward.
+
+    Micro-batches are split where that lets `at_once` passes side by side end together.
+    """
+    spans = split(slice(0, steps), math.ceil(steps / steps_per_forward))
+    smaller = at_once // math.gcd(at_once, len(batches) * len(spans))
+    most = max(1, (batches[0].stop - batches[0].start) // LEAST)
+    samples = [part for batch in batches for part in split(batch, min(smaller, most))]
+    pairs = [(part, span) for part in samples for span in spans]
+    sizes = [(part.stop - part.start) * (span.stop - span.start) for part, span in pairs]
+    return [Part(*pair, size / sum(sizes)) for pair, size in zip(pairs, sizes, strict=True)]
 
 
 class Updater:
-    def __init__(self, engine: DeepSpeedEngine, config: Config, world: World, clock: TrunkClock):
-        self.engine, self.config, self.world, self.clock = engine, config, world, clock
-        self.cores = Cores(world.cores)
+    def __init__(self, engine: DeepSpeedEngine, passes: Passes, config: Config, world: World):
+        self.engine, self.passes, self.config, self.world = engine, passes, config, world
         self.size, algorithm = config.rollout.micro_batch_size, config.algorithm
         self.clips = PPOClips(algorithm.clip_range, algorithm.value_clip_range, algorithm.target_clip)
         # A pass without the trunk's gradient keeps one block's activations, a training pass every block's (or with
@@ -75,22 +75,18 @@ class Updater:
         """
         optimizer, log = self.config.optimizer, defaultdict(list)
         set_learning_rates(self.engine, lr_scale * optimizer.policy_lr, lr_scale * optimizer.critic_lr)
-        batches = self._batches(trajectory, order)
-        share = len(batches) // self.config.training.updates_per_iteration
-        spans = spans_of(trajectory.trained_steps, self.config.training.steps_per_forward)
-        for start in range(0, len(batches), share):
-            work = [(batch, span) for batch in batches[start : start + share] for span in spans]
-            inputs = trajectory, outcome, unconditional
-            terms = [self._pass(self._policy_terms, *inputs, work, number) for number in range(len(work))]
-            self._step(torch.stack(terms), [span.name for _, span in work], log)
+        forward = partial(self._policy_pass, trajectory, outcome, unconditional)
+        for batches in self._batches(trajectory, order):
+            parts = self._parts(batches, trajectory.trained_steps, self.config.training.steps_per_forward)
+            self._step(parts, forward, log)
         names = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "old_approx_kl", "clipfrac")
-        table = torch.stack(log["terms"])  # [updates, micro-batches, statistics]
-        means = _mean_over_ranks(table.mean((0, 1)))
-        deviation = _max_over_ranks(table[..., -1].amax(1))
+        sums = torch.stack([terms.sum(0) for terms in log["terms"]])  # [updates, statistics]
+        means = _mean_over_ranks(sums.mean(0))
+        deviation = _max_over_ranks(torch.stack([terms[:, -1].amax() for terms in log["terms"]]))
         return {
             **dict(zip(names, means.tolist(), strict=False)),
-            "first_ratio": table[0, :, 2].mean().item(),
-            "first_clipfrac": table[0, :, 5].mean().item(),
+            "first_ratio": sums[0, 2].item(),
+            "first_clipfrac": sums[0, 5].item(),
             "first_ratio_deviation": deviation[0].item(),
             "ratio_max_deviation": deviation.max().item(),
             "grad_norm/actor": sum(log["actor"]) / len(log["actor"]),
@@ -111,86 +107,38 @@ class Updater:
         Used for value pretraining, and after each PPO update so that the critic follows the policy.
         Several steps of a sample share a forward: there is no ratio here that another batch shape could disturb.
         """
-        spans, log = spans_of(trajectory.values.shape[1], self.critic_steps), defaultdict(list)
+        log, forward = defaultdict(list), partial(self._critic_pass, trajectory, outcome, unconditional)
         set_learning_rates(self.engine, 0.0, lr_scale * self.config.optimizer.critic_lr)
         for _ in range(epochs):
-            batches = self._batches(trajectory, order)
-            share = len(batches) // self.config.training.updates_per_iteration
-            for start in range(0, len(batches), share):
-                work = [(batch, span) for batch in batches[start : start + share] for span in spans]
-                inputs = trajectory, outcome, unconditional
-                terms = [self._pass(self._critic_terms, *inputs, work, number) for number in range(len(work))]
-                self._step(torch.stack(terms), [span.name for _, span in work], log)
-        losses = _mean_over_ranks(torch.stack(log["terms"]).mean((0, 1)))
+            for batches in self._batches(trajectory, order):
+                parts = self._parts(batches, trajectory.values.shape[1], self.critic_steps)
+                self._step(parts, forward, log)
+        losses = _mean_over_ranks(torch.stack([terms.sum(0) for terms in log["terms"]]).mean(0))
         return {"value_loss": losses[1].item(), "grad_norm/critic": sum(log["critic"]) / len(log["critic"])}
 
-    def _batches(self, trajectory: Trajectory, order: torch.Generator) -> list[slice]:
+    def _batches(self, trajectory: Trajectory, order: torch.Generator) -> list[list[slice]]:
+        """The rollout's micro-batches in a new order, as many for each optimizer step."""
         count = len(trajectory.latents) // self.size
-        shuffled = torch.randperm(count, generator=order).tolist()
-        return [slice(i * self.size, (i + 1) * self.size) for i in shuffled]
+        shuffled = [slice(i * self.size, (i + 1) * self.size) for i in torch.randperm(count, generator=order).tolist()]
+        share = count // self.config.training.updates_per_iteration
+        return [shuffled[start : start + share] for start in range(0, count, share)]
 
-    def _pass(
-        self,
-        terms: Callable,
-        trajectory: Trajectory,
-        outcome: Outcome,
-        unconditional: Conditioning | None,
-        work: list[tuple[slice, Span]],
-        number: int,
-    ) -> Tensor:
-        """Forward and backward of one piece of an optimizer step, and the statistics that `terms` takes of it."""
-        batch, span = work[number]
-        with self.cores.one_pass((terms.__name__, span.steps.stop - span.steps.start)):
-            self.engine.set_gradient_accumulation_boundary(number == len(work) - 1)
-            prediction, values = self._forward(trajectory, batch, span.steps, unconditional)
-            loss, found = terms(trajectory, outcome, batch, span, prediction, values)
-            self.clock.watch_backward(prediction)
-            self.engine.backward(loss / len(work))
-            self.clock.backward_done()
-        return found
+    def _parts(self, batches: Sequence[slice], steps: int, steps_per_forward: int) -> list[Part]:
+        return parts_of(batches, steps, steps_per_forward, self.passes.at_once)
 
-    def _forward(self, trajectory, batch: slice, steps: slice, unconditional) -> tuple[Tensor, Tensor]:
-        """Prediction [B n, C, H, W] and values [B, n, M] of n steps of B samples."""
-        z, count = trajectory.latents[batch, steps], steps.stop - steps.start
-        conditioning = rows(trajectory.conditioning, batch)
-        conditioning = {name: tensor.repeat_interleave(count, 0) for name, tensor in conditioning.items()}
-        timesteps = trajectory.timesteps[steps].repeat(len(z))
-        prediction, values = self.engine(z.flatten(0, 1), timesteps, conditioning, unconditional)
-        return prediction, values.unflatten(0, (-1, count))
+    def _step(self, parts: Sequence[Part], forward: Forward, log: dict[str, list]) -> None:
+        """One optimizer step, unless a loss of its parts is not finite.
 
-    def _policy_terms(self, trajectory, outcome, batch: slice, span: Span, prediction, values) -> tuple[Tensor, Tensor]:
-        """Loss of policy and critic, and the statistics of `ppo`: its losses, then the policy's."""
-        loss, statistics = ppo_loss(
-            _log_probs(trajectory, batch, span.steps, prediction),
-            trajectory.log_probs[batch, span.steps],
-            outcome.advantages[batch, span.steps],
-            values,
-            outcome.returns[batch, span.steps],
-            trajectory.values[batch, span.steps],
-            self.clips,
-            self.config.critic.value_coef,
-        )
-        *means, deviation = [statistics.policy_loss, statistics.value_loss, *statistics.policy]
-        return span.weight * loss, torch.stack([*(span.weight * mean for mean in means), deviation])
-
-    def _critic_terms(
-        self, trajectory, outcome, batch: slice, span: Span, _prediction, values
-    ) -> tuple[Tensor, Tensor]:
-        """The critic's loss alone, and the same first two statistics."""
-        returns, values_old = outcome.returns[batch, span.steps], trajectory.values[batch, span.steps]
-        loss, _ = value_loss(values, returns, values_old, self.clips.value_clip_range, self.clips.target_clip)
-        loss = span.weight * loss
-        return loss, torch.stack([torch.zeros_like(loss), loss.detach()])
-
-    def _step(self, terms: Tensor, places: list[str], log: dict) -> None:
-        """One optimizer step, unless a loss of its micro-batches is not finite. terms: [micro-batches, statistics]."""
+        Appends to the log: gradient norms, and terms [parts, statistics].
+        """
+        terms = torch.stack(self.passes.run(parts, forward))
         bad = (~torch.isfinite(terms[:, :2])).nonzero()
         if len(bad):
             number, term = bad[0].tolist()
             raise TrainingError(
-                f"the {('policy', 'value')[term]} loss is not finite at denoising {places[number]}; this update was "
-                "not applied. Lower optimizer.policy_lr and optimizer.critic_lr, or algorithm.clip_range, and go "
-                "on from the last checkpoint with --resume auto"
+                f"the {('policy', 'value')[term]} loss is not finite at denoising {_name(parts[number].steps)}; this "
+                "update was not applied. Lower optimizer.policy_lr and optimizer.critic_lr, or algorithm.clip_range, "
+                "and go on from the last checkpoint with --resume auto"
             )
         module = self.engine.module
         if any(p.requires_grad for p in module.trunk.parameters()):
@@ -199,17 +147,62 @@ class Updater:
         log["terms"].append(terms)
         self.engine.step()
 
+    def _policy_pass(
+        self, trajectory: Trajectory, outcome: Outcome, unconditional, model: nn.Module, part: Part
+    ) -> Pass:
+        """Loss of policy and critic, and the statistics of `ppo`: its losses, then the policy's."""
+        prediction, values = _forward(model, trajectory, part, unconditional)
+        where = part.samples, part.steps
+        loss, statistics = ppo_loss(
+            _log_probs(trajectory, part, prediction),
+            trajectory.log_probs[where],
+            outcome.advantages[where],
+            values,
+            outcome.returns[where],
+            trajectory.values[where],
+            self.clips,
+            self.config.critic.value_coef,
+        )
+        *means, deviation = [statistics.policy_loss, statistics.value_loss, *statistics.policy]
+        return Pass(prediction, part.weight * loss, torch.stack([*(part.weight * mean for mean in means), deviation]))
 
-def _log_probs(trajectory: Trajectory, batch: slice, steps: slice, prediction: Tensor) -> Tensor:
+    def _critic_pass(
+        self, trajectory: Trajectory, outcome: Outcome, unconditional, model: nn.Module, part: Part
+    ) -> Pass:
+        """The critic's loss alone, and the same first two statistics."""
+        prediction, values = _forward(model, trajectory, part, unconditional)
+        where = part.samples, part.steps
+        returns, values_old = outcome.returns[where], trajectory.values[where]
+        loss, _ = value_loss(values, returns, values_old, self.clips.value_clip_range, self.clips.target_clip)
+        loss = part.weight * loss
+        return Pass(prediction, loss, torch.stack([torch.zeros_like(loss), loss]).detach())
+
+
+def _forward(model: nn.Module, trajectory: Trajectory, part: Part, unconditional) -> tuple[Tensor, Tensor]:
+    """Prediction [B n, C, H, W] and values [B, n, M] of n steps of B samples."""
+    z, count = trajectory.latents[part.samples, part.steps], part.steps.stop - part.steps.start
+    conditioning = rows(trajectory.conditioning, part.samples)
+    conditioning = {name: tensor.repeat_interleave(count, 0) for name, tensor in conditioning.items()}
+    timesteps = trajectory.timesteps[part.steps].repeat(len(z))
+    prediction, values = model(z.flatten(0, 1), timesteps, conditioning, unconditional)
+    return prediction, values.unflatten(0, (-1, count))
+
+
+def _log_probs(trajectory: Trajectory, part: Part, prediction: Tensor) -> Tensor:
     """[B, n] of n steps of B samples, whose predictions are [B n, ...]."""
-    latents, table = trajectory.latents[batch], trajectory.table
+    latents, table = trajectory.latents[part.samples], trajectory.table
     predictions = prediction.unflatten(0, (len(latents), -1))
-    numbers = range(steps.start, steps.stop)
+    numbers = range(part.steps.start, part.steps.stop)
     log_probs = [
         transition_log_prob(predictions[:, i], latents[:, k], latents[:, k + 1], table, k)
         for i, k in enumerate(numbers)
     ]
     return torch.stack(log_probs, 1)
+
+
+def _name(steps: slice) -> str:
+    first, last = steps.start, steps.stop - 1
+    return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def _mean_over_ranks(x: Tensor) -> Tensor:

@@ -76,6 +76,12 @@ class OurLoop:
         ]
         for phase, method in (("forward", "forward"), ("backward", "backward"), ("optimizer", "step")):
             setattr(run.engine, method, timed(phase, getattr(run.engine, method)))
+        passes = run.updater.passes
+        if passes.at_once > 1:  # in threads, past the engine's own
+            share, start = 1 / passes.at_once, passes.run
+            passes.run = lambda parts, forward: start(parts, timed("forward", forward, share=share))
+            passes._backward = timed("backward", passes._backward, share=share)
+            passes._hand_over = timed("backward", passes._hand_over)
 
     # ------------------------------------------------------------------------------------------------ measurements
 

@@ -15,6 +15,7 @@ import torch
 class _Span:
     phase: str
     is_main: bool
+    share: float
     begin: Any
     end: Any = None
     inner: list["_Span"] = field(default_factory=list)
@@ -24,7 +25,8 @@ class PhaseClock:
     """Sums the seconds of named spans; a span within another of its thread counts for itself alone.
 
     On a GPU a span is the time between two events of its stream, so that nothing waits for the device; with `on_host`
-    it is the host's, for work that never reaches the device.
+    it is the host's, for work that never reaches the device. `share` is for threads that work side by side while the
+    main thread waits for them: of so many, each counts with its share of the time, as the main thread's.
     """
 
     def __init__(self, device: torch.device):
@@ -33,10 +35,10 @@ class PhaseClock:
         self._open = threading.local()
 
     @contextmanager
-    def span(self, phase: str, on_host: bool = False) -> Iterator[None]:
+    def span(self, phase: str, on_host: bool = False, share: float = 1.0) -> Iterator[None]:
         stack = self._open.__dict__.setdefault("stack", [])
-        is_main = threading.current_thread() is threading.main_thread()
-        span = _Span(phase, is_main, self._now(on_host))
+        is_main = share < 1 or threading.current_thread() is threading.main_thread()
+        span = _Span(phase, is_main, share, self._now(on_host))
         stack.append(span)
         try:
             yield
@@ -48,11 +50,11 @@ class PhaseClock:
             else:
                 self._spans.append(span)
 
-    def timed(self, phase: str, function: Callable, on_host: bool = False) -> Callable:
+    def timed(self, phase: str, function: Callable, on_host: bool = False, share: float = 1.0) -> Callable:
         """`function`, each call a span."""
 
         def call(*args, **kwargs):
-            with self.span(phase, on_host):
+            with self.span(phase, on_host, share):
                 return function(*args, **kwargs)
 
         return call
@@ -66,7 +68,7 @@ class PhaseClock:
         while spans:
             span = spans.pop()
             within = sum(_seconds(inner) for inner in span.inner)
-            sums["main" if span.is_main else "beside"][span.phase] += _seconds(span) - within
+            sums["main" if span.is_main else "beside"][span.phase] += span.share * (_seconds(span) - within)
             spans += span.inner
         return {place: dict(phases) for place, phases in sums.items()}
 

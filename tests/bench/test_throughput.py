@@ -128,6 +128,19 @@ def test_operator_calls_are_counted():
     assert bench_accounting.count_calls(lambda: (x + 1) * 2, torch.device("cpu")) == {"operator_calls": 2}
 
 
+def test_threads_side_by_side_each_count_their_share_as_the_main_threads():
+    clock = phase_clock.PhaseClock(torch.device("cpu"))
+    threads = [threading.Thread(target=clock.timed("forward", time.sleep, share=1 / 4), args=(0.04,)) for _ in range(4)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = clock.read()
+    assert found["beside"] == {} and found["main"].keys() == {"forward"}
+    assert 0.04 <= found["main"]["forward"] <= time.perf_counter() - began
+
+
 def test_a_span_within_another_counts_for_itself_alone():
     clock = phase_clock.PhaseClock(torch.device("cpu"))
 

@@ -1,5 +1,7 @@
 """What a rollout earned: nothing waits before it is asked for, and the pieces fit together."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -42,3 +44,27 @@ def test_outcome(lam):
     # gamma is 1: without bootstrapping every step's return is the reward.
     torch.testing.assert_close(returns, rewards[:, None].expand(-1, STEPS, -1), rtol=0, atol=1e-6)
     assert torch.equal(outcome.explained_variance, explained_variance(values, returns).mean(1))
+
+
+def test_threads_that_ask_at_once_wait_for_one_answer():
+    together = threading.Barrier(4, timeout=60)
+
+    class Late(Scoring):
+        def result(self):
+            answer = super().result()
+            for _ in range(1000):  # others may ask meanwhile
+                threading.Event().wait(1e-5)
+            return answer
+
+    scoring, standardizer = Late(), RunningStandardizer(REWARDS)
+    trajectory = SimpleNamespace(values=torch.zeros(SAMPLES, STEPS, REWARDS), trained_steps=TRAINED)
+    outcome = Outcome(trajectory, scoring, standardizer, AlgorithmConfig(), torch.ones(REWARDS))
+
+    def ask(name):
+        together.wait()
+        return getattr(outcome, name)
+
+    with ThreadPoolExecutor(4) as threads:
+        first, again, returns, raw = threads.map(ask, ("advantages", "advantages", "returns", "raw"))
+    assert (scoring.asked, standardizer.count) == (1, SAMPLES)
+    assert first is again and returns is outcome.returns and raw is outcome.raw

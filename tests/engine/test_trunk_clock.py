@@ -84,6 +84,14 @@ def test_backward_counts_from_the_prediction_on(now, trunk, clock):
     assert clock.read() == FORWARD + BACKWARD
 
 
+def test_a_backward_side_by_side_counts_its_share(now, trunk, clock):
+    prediction = trunk(torch.ones(2))
+    clock.watch_backward(prediction)
+    prediction.sum().backward()
+    clock.backward_done(1 / 4)
+    assert clock.read() == FORWARD + BACKWARD / 4
+
+
 def test_backward_that_does_not_reach_the_trunk_costs_nothing(now, trunk, clock):
     """Critic-only steps: the prediction has no gradient, or gets none."""
     for frozen in (True, False):

@@ -1,6 +1,8 @@
 """Optimizer steps under DeepSpeed ZeRO-3 against plain PyTorch: losses, weights, rests, and what is refused."""
 
+import copy
 import math
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -8,13 +10,15 @@ import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 
 from latent_critic.engine.errors import TrainingError
+from latent_critic.engine.inference_copy import InferenceCopy
+from latent_critic.engine.passes import EnginePasses, SideBySidePasses
 from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import Prompt
 from latent_critic.engine.rollout import Rollout, rows
 from latent_critic.engine.sharding import gather_state, shard
 from latent_critic.engine.transitions import Schedule, ddim_table
 from latent_critic.engine.trunk_clock import TrunkClock
-from latent_critic.engine.update import Updater, spans_of
+from latent_critic.engine.update import Updater, parts_of
 
 CPU = torch.device("cpu")
 PROMPTS = [Prompt(text) for text in ("a red circle", "two blue squares", "a green triangle", "a yellow circle")]
@@ -34,17 +38,25 @@ def schedule(backbone, transition):
 
 
 class Run:
-    """A sharded actor-critic with its updater."""
+    """A sharded actor-critic with its updater, which runs so many passes at once."""
 
-    def __init__(self, config, model, world):
+    def __init__(self, config, model, world, at_once=1):
         self.config, self.world, self.model = config, world, model
         if config.model.gradient_checkpointing:
             model.trunk.enable_gradient_checkpointing()
         self.clock = TrunkClock(CPU)
         self.clock.watch(model.trunk)
         self.encode = PromptCache(model.backbone, CPU)
+        weights = InferenceCopy(model)
         self.engine = shard(model, config, world)
-        self.updater = Updater(self.engine, config, world, self.clock)
+        self.passes = EnginePasses(self.engine, self.clock)
+        if at_once > 1:
+            weights.attach(self.engine, "auto", world)
+            models = [weights.module() for _ in range(at_once)]
+            for each in models:
+                self.clock.watch(each.trunk, side_by_side=at_once)
+            self.passes = SideBySidePasses(self.engine, weights, models, self.clock)
+        self.updater = Updater(self.engine, self.passes, config, world)
         self.guided = config.rollout.guidance_scale > 1
         self.unconditional = self.encode([""]) if self.guided else None
 
@@ -70,12 +82,12 @@ class Run:
 
 @pytest.fixture
 def start(tiny_config, tiny_model, world):
-    """start(section={...}) -> Run. Engines are torn down, so that no hook of theirs outlives the test."""
+    """start(at_once, section={...}) -> Run. Engines are torn down, so that no hook of theirs outlives the test."""
     runs = []
 
-    def make(**sections):
+    def make(at_once=1, **sections):
         config = tiny_config(**{**sections, "rollout": {**SMALL, **sections.get("rollout", {})}})
-        runs.append(Run(config, tiny_model(config), world))
+        runs.append(Run(config, tiny_model(config), world, at_once))
         return runs[-1]
 
     yield make
@@ -189,11 +201,13 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_plain_pytorch(start, tiny_model, case):
+def test_equals_plain_pytorch(start, tiny_model, case, at_once):
     """Value pretraining and PPO; PPO, critic, PPO: under ZeRO-3 against the reference, from the same trajectory."""
     phases, sections = CASES[case]
-    run = start(algorithm={"clip_range": 1e-3, "target_clip": 0.5}, optimizer={"gradient_clipping": 0.5}, **sections)
+    options = {"algorithm": {"clip_range": 1e-3, "target_clip": 0.5}, "optimizer": {"gradient_clipping": 0.5}}
+    run = start(at_once, **options, **sections)
     model = tiny_model(run.config)
     reference = Reference(run.config, model)
     first = run.weights()
@@ -229,21 +243,108 @@ def test_equals_plain_pytorch(start, tiny_model, case):
 
 
 @pytest.mark.parametrize(
-    "count, at_once, lengths", [(4, 1, [1] * 4), (9, 4, [3, 3, 3]), (10, 4, [3, 3, 4]), (3, 8, [3])]
+    "sizes, steps, steps_per_forward, at_once, spans, samples",
+    [
+        ([8, 8], 4, 1, 1, [1] * 4, [8, 8]),
+        ([8], 9, 4, 1, [3, 3, 3], [8]),
+        ([8], 10, 4, 1, [3, 3, 4], [8]),
+        ([8], 3, 8, 1, [3], [8]),
+        ([64, 64], 4, 4, 2, [4], [64, 64]),  # a pass each
+        ([64], 4, 4, 2, [4], [32, 32]),
+        ([64, 64, 64], 4, 4, 2, [4], [32] * 6),  # else one of them would wait for the third
+        ([64], 4, 2, 3, [2, 2], [21, 21, 22]),
+        ([8, 8], 2, 2, 16, [2], [4] * 4),  # no fewer samples at once than round alike
+        ([2], 2, 2, 2, [2], [2]),
+    ],
 )
-def test_spans_share_the_steps_fairly(count, at_once, lengths):
-    spans = spans_of(count, at_once)
-    assert [span.steps.stop - span.steps.start for span in spans] == lengths
-    assert [k for span in spans for k in range(count)[span.steps]] == list(range(count))
-    # A span's mean over its steps, weighted, and the mean over spans: every step counts 1 / count.
-    for span, length in zip(spans, lengths, strict=True):
-        assert span.weight / len(spans) / length == pytest.approx(1 / count)
-    assert spans[0].name == ("step 0" if lengths[0] == 1 else f"steps 0 to {lengths[0] - 1}")
+def test_parts_cover_each_pair_once_and_weigh_it_the_same(sizes, steps, steps_per_forward, at_once, spans, samples):
+    batches = [slice(100 * i, 100 * i + size) for i, size in enumerate(sizes)]
+    parts = parts_of(batches, steps, steps_per_forward, at_once)
+    pairs = {}
+    for part in parts:
+        rows, numbers = range(10_000)[part.samples], range(10_000)[part.steps]
+        for row in rows:
+            for k in numbers:
+                assert (row, k) not in pairs
+                pairs[row, k] = part.weight / (len(rows) * len(numbers))
+    assert set(pairs) == {(row, k) for batch in batches for row in range(10_000)[batch] for k in range(steps)}
+    assert all(weight == pytest.approx(1 / len(pairs)) for weight in pairs.values())
+    assert [part.steps.stop - part.steps.start for part in parts] == spans * len(samples)
+    assert [part.samples.stop - part.samples.start for part in parts[:: len(spans)]] == samples
+    assert len(parts) % at_once == 0 or max(samples) < 8
 
 
-def test_first_update_of_a_fresh_batch_has_ratio_one(start):
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_passes_side_by_side_equal_those_of_the_engine(start, tiny_model, stage):
+    """At each ZeRO stage; gradients are added in an order of their own, so to rounding."""
+    sections = {"deepspeed": {"zero_optimization": {"stage": stage}}, "training": {"steps_per_forward": 2}}
+    runs = [start(at_once, **sections) for at_once in (1, 3)]
+    trajectory = runs[0].sample(model=tiny_model(runs[0].config))
+    advantages, returns = targets(trajectory)
+    before = runs[0].weights()
+    for run in runs:
+        run.found = run.ppo(trajectory, advantages, returns), run.critic(trajectory, returns)
+    for expected, found in zip(*(run.found for run in runs), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    expected, found = (run.weights() for run in runs)
+    assert all((found[name] - expected[name]).abs().max() < 1e-5 for name in expected)
+    assert all((found[name] - before[name]).abs().max() > 1e-4 for name in MUST_MOVE)
+    assert not any(twin.requires_grad for _, twin in runs[1].passes._weights.trained)
+
+
+def test_which_thread_is_faster_changes_no_bit(start, tiny_model):
+    """Nor does it which of a thread's passes ends first."""
+    run = start(3)
+    trajectory = run.sample(model=tiny_model(run.config))
+    advantages, returns = targets(trajectory)
+    parts = parts_of([slice(i, i + 1) for i in range(4)], TRAINED, 1, 3)
+    assert len(parts) == 8
+
+    def gradients(slow: int) -> tuple[list, list]:
+        kept, done = [], [threading.Event() for _ in parts]
+
+        def forward(model, part):
+            number = parts.index(part)
+            if number == slow:  # until another thread has had its first part
+                assert done[(number + 1) % 3].wait(60)
+            outcome = SimpleNamespace(advantages=advantages, returns=returns)
+            found = run.updater._policy_pass(trajectory, outcome, None, model, part)
+            done[number].set()
+            return found
+
+        run.passes._hand_over = lambda _, gradients: kept.extend(gradients)
+        return [terms.tolist() for terms in run.passes.run(parts, forward)], copy.deepcopy(kept)
+
+    terms, expected = gradients(0)
+    for slow in (1, 2):
+        again, found = gradients(slow)
+        assert again == terms and len(found) == len(expected) > 100
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected)
+
+
+def test_a_pass_that_fails_ends_the_step(start, tiny_model):
+    run = start(2)
+    trajectory = run.sample(model=tiny_model(run.config))
+    before = run.weights()
+
+    class Broken:
+        @property
+        def advantages(self):
+            raise TrainingError("gone")
+
+    with pytest.raises(TrainingError, match="gone"):
+        run.updater.ppo(trajectory, Broken(), None, torch.Generator())
+    assert same(run.weights(), before)
+    assert not any(twin.requires_grad for _, twin in run.passes._weights.trained)
+    found = run.ppo(trajectory, *targets(trajectory))  # and nothing of it is left
+    assert found["first_ratio_deviation"] == 0.0 and not same(run.weights(), before)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_first_update_of_a_fresh_batch_has_ratio_one(start, at_once):
     """To the last bit, before the policy has ever moved and after. flow-sde, cps and guidance: see above."""
-    run = start(rollout={"samples_per_iteration": 2})
+    run = start(at_once, rollout={"samples_per_iteration": 2})
     for transition in ("dance-sde", "ddim"):
         trajectory = run.sample(transition)
         assert trajectory.trained_steps == TRAINED

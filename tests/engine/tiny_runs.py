@@ -152,8 +152,11 @@ def train(folder: Path, *flags: str, ranks: int = 1, patch: str = "nothing") -> 
 _looks: dict[str, Run] = {}
 
 
-def look(name: str, pipeline: Path, scratch: Path, ranks: int = 1, plain: bool = False) -> Run:
-    """`train_and_look` under this name, started once in a session of tests; what each rank saw is `seen(run, rank)`."""
+def look(name: str, pipeline: Path, scratch: Path, ranks: int = 1, cores: int = 1, plain: bool = False) -> Run:
+    """`train_and_look` under this name, started once in a session of tests; what each rank saw is `seen(run, rank)`.
+
+    cores: that each process believes to have.
+    """
     if name not in _looks:
         config = run_config(
             pipeline,
@@ -169,7 +172,7 @@ def look(name: str, pipeline: Path, scratch: Path, ranks: int = 1, plain: bool =
             evaluation={"num_prompts": 5},  # 5 is odd: two ranks have one to spare
         )
         folder = prepare(scratch, config)
-        env = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+        env = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "OMP_NUM_THREADS": str(cores)}
         _looks[name] = Run(folder, "train_and_look", config, plain, ranks=ranks, env=env)
     return _looks[name]
 
@@ -217,7 +220,7 @@ def _work(task: dict) -> None:
             os.dup2(file.fileno(), descriptor)
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     globals()[task["job"]](*task["arguments"])
 

@@ -246,7 +246,8 @@ class Trainer:
     def _passes(self) -> Passes:
         """Side by side, as micro-batches are sampled; where there is one at a time, through DeepSpeed."""
         if len(self.rollout.models) == 1:
-            torch.set_num_threads(self.world.cores)
+            if self.world.cores > 1:
+                torch.set_num_threads(self.world.cores)
             return EnginePasses(self.engine, self.clock)
         return SideBySidePasses(self.engine, self.weights, self.rollout.models, self.clock)
 

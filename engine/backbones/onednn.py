@@ -23,7 +23,7 @@ class OneDNNLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 3 or x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
-        x = x.contiguous()
+        x = x.contiguous()  # tokens in another order would take other kernels, and round otherwise
         if len(x) == 1 and x.numel() <= _SMALL_PICTURE:
             return self._convolve(torch.cat([x, x]))[:1]
         return self._convolve(x)

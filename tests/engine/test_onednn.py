@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from latent_critic.engine.backbones import onednn
+from latent_critic.engine.backbones import load_backbone, onednn
 from latent_critic.engine.backbones.onednn import OneDNNLinear, use_onednn
 
 EPS = torch.finfo(torch.float32).eps
@@ -140,28 +139,18 @@ def test_which_processors(capability, processor, mkl, expected, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_trunk_and_lora_on_it(monkeypatch):
+def test_a_trunk_and_lora_on_it(monkeypatch, tiny_pipeline):
     monkeypatch.setattr(onednn, "_mkl_is_slow", lambda: True)
-    torch.manual_seed(0)
-    trunk = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=3,
-        caption_projection_dim=24,
-        joint_attention_dim=10,
-        pooled_projection_dim=6,
-        pos_embed_max_size=8,
-    )
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), trunk)
-    inputs = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 10), torch.randn(3, 6), torch.tensor([900.0, 500.0, 10.0])
-    expected = trunk.double()(*(x.double() for x in inputs), return_dict=False)[0]
-    use_onednn(trunk.float())
-    found = trunk(*inputs, return_dict=False)[0]
+    backbone = load_backbone(str(tiny_pipeline), 0)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), backbone.trunk)
+    latents, timesteps = torch.randn(3, *backbone.latent_shape), torch.tensor([900.0, 500.0, 10.0])
+    conditioning = backbone.encode_prompts(["a red circle", "two blue squares", "a green triangle"])
+    exact = {name: tensor.double() for name, tensor in conditioning.items()}
+    expected = backbone.predict(backbone.trunk.double(), latents.double(), timesteps, exact)
+    trunk = backbone.trunk.float()
+    use_onednn(trunk)
+    found = backbone.predict(trunk, latents, timesteps, conditioning)
     assert sum(type(module) is OneDNNLinear for module in trunk.modules()) > 20
-    # Two blocks pass on and add up their roundings: some ten sums of up to 96 terms, one after the other.
-    assert within(found, expected, 10 * 96)
-    assert "aten::mkldnn_convolution" in operators(lambda: trunk(*inputs))
+    # Three blocks pass on and add up their roundings: some fifteen sums of up to 256 terms, one after the other.
+    assert within(found, expected, 15 * 256)
+    assert "aten::mkldnn_convolution" in operators(lambda: backbone.predict(trunk, latents, timesteps, conditioning))

@@ -13,6 +13,7 @@ import copy
 import itertools
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -235,26 +236,12 @@ def train_flow(latents: torch.Tensor, captions: list[str], vae, args, device, au
     kinds make the weights good for either.
     """
     torch.manual_seed(args.seed + 1)
-    tokenizer = build_tokenizer()
-    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-    blank = tokenizer("", padding="max_length", return_tensors="pt").input_ids
-    model = FlowModel(tokenizer).to(device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    draw = caption_batches(latents, captions, build_tokenizer(), args.batch_size, device)
+    model = FlowModel(build_tokenizer()).to(device)
     compiled = torch.compile(model, dynamic=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    begin, done, smooth = time.monotonic(), 0.0, None
-    progress = tqdm(range(args.steps), desc="flow")
-    for step in progress:
-        done = step / args.steps
-        if args.minutes:
-            done = max(done, (time.monotonic() - begin) / 60 / args.minutes)
-        if done >= 1:
-            break
-        for group in optimizer.param_groups:  # warm up, hold, decay to zero over the last 30 %
-            group["lr"] = args.learning_rate * min(1.0, (step + 1) / 300, (1 - done) / 0.3)
-        chosen = torch.randint(len(latents), (args.batch_size,))
-        x0 = latents[chosen].to(device)
-        token_ids = torch.where(torch.rand(args.batch_size, 1) < 0.05, blank, ids[chosen]).to(device)
+
+    def loss(step: int) -> torch.Tensor:
+        x0, token_ids = draw()
         sigma = torch.sigmoid(torch.randn(args.batch_size)).to(device)
         noise = torch.randn_like(x0)
         mix = sigma[:, None, None, None]
@@ -264,7 +251,54 @@ def train_flow(latents: torch.Tensor, captions: list[str], vae, args, device, au
                 v = compiled(*inputs, 0)
             else:
                 v, target = model(*(x[:EMPTY_T5_BATCH] for x in inputs), EMPTY_T5_TOKENS), target[:EMPTY_T5_BATCH]
-        loss = (v.float() - target).square().mean()
+        return (v.float() - target).square().mean()
+
+    def snapshot(average: FlowModel) -> None:
+        save(average, copy.deepcopy(vae), args.work / "snapshot")
+
+    return fit(model, loss, snapshot, "flow", args, log)
+
+
+def caption_batches(
+    latents: torch.Tensor, captions: list[str], tokenizer: CLIPTokenizer, batch_size: int, device
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """A function that draws latents and the token numbers of their captions, 5 % of which are dropped."""
+    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    blank = tokenizer("", padding="max_length", return_tensors="pt").input_ids
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.randint(len(latents), (batch_size,))
+        x0 = latents[chosen].to(device)
+        return x0, torch.where(torch.rand(batch_size, 1) < 0.05, blank, ids[chosen]).to(device)
+
+    return draw
+
+
+def fit(
+    model: torch.nn.Module,
+    loss_of: Callable[[int], torch.Tensor],
+    snapshot: Callable[[torch.nn.Module], None],
+    stage: str,
+    args: argparse.Namespace,
+    log: Callable,
+) -> torch.nn.Module:
+    """Minimises `loss_of` (step) over the model's parameters; returns their running average, as a model.
+
+    snapshot: is given a copy of that average now and then, which is its own.
+    """
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    begin, done, smooth = time.monotonic(), 0.0, None
+    progress = tqdm(range(args.steps), desc=stage)
+    for step in progress:
+        done = step / args.steps
+        if args.minutes:
+            done = max(done, (time.monotonic() - begin) / 60 / args.minutes)
+        if done >= 1:
+            break
+        for group in optimizer.param_groups:  # warm up, hold, decay to zero over the last 30 %
+            group["lr"] = args.learning_rate * min(1.0, (step + 1) / 300, (1 - done) / 0.3)
+        loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -272,10 +306,10 @@ def train_flow(latents: torch.Tensor, captions: list[str], vae, args, device, au
         average.update_parameters(model)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         if step % 100 == 0:
-            log(stage="flow", step=step, loss=smooth, seconds=time.monotonic() - begin)
+            log(stage=stage, step=step, loss=smooth, seconds=time.monotonic() - begin)
             progress.set_postfix(loss=f"{smooth:.4f}")
         if step % 1000 == 999:
-            save(copy.deepcopy(average.module), copy.deepcopy(vae), args.work / "snapshot")
+            snapshot(copy.deepcopy(average.module))
     return average.module.eval()
 
 

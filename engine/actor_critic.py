@@ -72,22 +72,23 @@ class ActorCritic(nn.Module):
 
         latents: float32 [B, C, H, W]; timesteps: float32 [B], 0..1000; guidance_scale: None is the trained one. With
         guidance above 1 the unconditional branch runs in the same batch, in front, and the critic reads the
-        conditional half.
+        conditional half (a guidance-distilled model has no such branch).
         """
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         dtype = next(self.trunk.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
         pooled_text = self.backbone.pooled_text(conditioning)
         inputs, steps = latents.to(dtype), timesteps
-        if guidance > 1:
+        with_unconditional = self.backbone.needs_unconditional(guidance)
+        if with_unconditional:
             conditioning = {
                 name: torch.cat([unconditional[name].to(dtype).expand_as(tensor), tensor])
                 for name, tensor in conditioning.items()
             }
             inputs, steps = torch.cat([inputs, inputs]), torch.cat([steps, steps])
-        prediction = self.backbone.predict(self.trunk, inputs, steps, conditioning).float()
+        prediction = self.backbone.predict(self.trunk, inputs, steps, conditioning, guidance).float()
         features = [vars(block).pop("tapped") for block in self._tapped]
-        if guidance > 1:
+        if with_unconditional:
             without, with_prompt = prediction.chunk(2)
             prediction = without + guidance * (with_prompt - without)
             features = [tapped.chunk(2)[1] for tapped in features]

@@ -61,7 +61,12 @@ class ModelConfig(_Section):
     """The diffusion model that is post-trained."""
 
     pretrained: str = Field(
-        "tiny-dit", min_length=1, description="`tiny-dit` (packaged), a local diffusers folder, or a hub id"
+        "tiny-dit",
+        min_length=1,
+        description="`tiny-dit` or `tiny-unet` (packaged), a local diffusers folder, or a hub id",
+    )
+    resolution: int | None = Field(
+        None, ge=1, description="Pixels a side of the pictures; null is the model's own (SD3.5-M: 1024)"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the model; `auto` is float32 on CPU and bfloat16 on GPU. Latents stay float32"
@@ -70,7 +75,8 @@ class ModelConfig(_Section):
         256,
         ge=0,
         le=512,
-        description="T5 tokens of a prompt, as in diffusers; 0 for tiny-dit, which has no T5. UNets have none",
+        description="T5 tokens of a prompt, as in diffusers (FLUX.2: Qwen3's); 0 for tiny-dit, which has no T5. UNets "
+        "have none",
     )
     fused: bool = Field(
         True,
@@ -126,7 +132,10 @@ class RolloutConfig(_Section):
         10, ge=2, le=1000, description="Denoising steps of a trajectory (SD3.5-M 40, quick 10; SD1.5 50)"
     )
     guidance_scale: float = Field(
-        1.0, ge=1, description="Classifier-free guidance in training; 1 is none, fastest and best (arXiv 2605.27736)"
+        1.0,
+        ge=1,
+        description="Classifier-free guidance in training; 1 is none, fastest and best (arXiv 2605.27736). For a "
+        "guidance-distilled model (FLUX.1-dev) what it is told: 3.5 is diffusers' default",
     )
     samples_per_iteration: int = Field(
         256, ge=1, description="Images of an iteration over all ranks; with `micro_batch_size`, the only batch numbers"

@@ -75,7 +75,7 @@ class Rollout:
         """
         guidance = self.models[0].guidance_scale if guidance_scale is None else guidance_scale
         self.encode.prepare([prompt.text for prompt in prompts])
-        unconditional = self.encode([""]) if guidance > 1 else None
+        unconditional = self.encode([""]) if self.models[0].backbone.needs_unconditional(guidance) else None
         share = -(-len(prompts) // len(self.models))
         size = min(self.micro_batch_size, len(prompts), max(share, LEAST))
         starts = range(0, len(prompts), size)

@@ -51,7 +51,8 @@ class Trainer:
         check_prompts([*self.rewards, *watched], (p.text for p in held_out))
         self.sampler = PromptSampler(prompts, config.seed)
 
-        self.backbone = backbone or load_backbone(config.model.pretrained, config.model.max_sequence_length)
+        model = config.model
+        self.backbone = backbone or load_backbone(model.pretrained, model.max_sequence_length, model.resolution)
         if config.model.fused:
             self.backbone.fuse()
         use_onednn(self.backbone.trunk)
@@ -260,4 +261,5 @@ class Trainer:
         return latents, self.schedule.timesteps[0].expand(size), conditioning, self._unconditional()
 
     def _unconditional(self) -> Conditioning | None:
-        return self.encode([""]) if self.config.rollout.guidance_scale > 1 else None
+        guided = self.backbone.needs_unconditional(self.config.rollout.guidance_scale)
+        return self.encode([""]) if guided else None

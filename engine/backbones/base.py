@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..transitions import Schedule, build_table
 from .attention import set_attention_backend
 
@@ -20,25 +22,45 @@ class Backbone(ABC):
     B samples, C x H x W latents, N image tokens of width D.
     """
 
-    trunk: nn.Module
+    pipe: DiffusionPipeline
+    trunk_name = "transformer"  # of the trunk among the pipeline's components
     encoders: list[nn.Module]  # of text; on the CPU but while they encode
     latent_shape: tuple[int, int, int]  # C, H, W
     width: int  # D of the default taps
     text_width: int
     depth: int  # number of blocks that can be tapped
+    # The trunk takes the guidance scale as an input and needs no unconditional branch (FLUX.1-dev).
+    is_guidance_distilled = False
+
+    def __init__(self, pipe: DiffusionPipeline):
+        """Freezes all but the trunk."""
+        self.pipe = pipe
+        self.trunk = pipe.components[self.trunk_name]
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module) and part is not self.trunk:
+                part.eval().requires_grad_(False)
+        pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are faster so
+        pipe.set_progress_bar_config(disable=True)
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, max_sequence_length: int) -> "Backbone":
-        """Reads a diffusers pipeline folder. Raises UserError where a part is missing."""
+    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "Backbone":
+        """Reads a diffusers pipeline folder, in float32. resolution: pixels a side, None is the pipeline's own.
 
-    @abstractmethod
+        Raises UserError where the family cannot have that resolution.
+        """
+
     def to(self, device: torch.device) -> None:
         """Moves the autoencoder; the trunk moves with the actor-critic, the encoders when they are needed."""
+        self.pipe.vae.to(device)
 
-    @abstractmethod
-    def fuse(self) -> None:
-        """Lets the trunk's blocks run fused kernels: the same weights under the same names, on a CPU the same bits."""
+    def fuse(self) -> None:  # noqa: B027
+        """Lets the trunk's blocks run fused kernels, if the family has any: the same weights under the same names, on
+        a CPU the same bits."""
+
+    def needs_unconditional(self, guidance_scale: float) -> bool:
+        """Whether a prediction takes the empty prompt's beside it (classifier-free guidance)."""
+        return guidance_scale > 1 and not self.is_guidance_distilled
 
     def set_attention_backend(self, name: str) -> str:
         """Which implementation of attention the trunk runs: see `attention.set_attention_backend`."""
@@ -62,8 +84,18 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def predict(self, trunk: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The trunk's prediction [B, C, H, W] at `timesteps` [B] (0..1000)."""
+    def predict(
+        self,
+        trunk: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """The trunk's prediction [B, C, H, W] at `timesteps` [B] (0..1000).
+
+        guidance_scale: for a trunk that is guidance-distilled; others ignore it.
+        """
 
     @abstractmethod
     def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
@@ -85,9 +117,18 @@ class Backbone(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 [B, height, width, 3] pictures of clean float32 latents."""
 
-    @abstractmethod
     def save(self, trunk_state: dict[str, Tensor], folder: Path) -> None:
         """Writes a complete pipeline folder of the family with the given trunk weights, as safetensors."""
+        trunk = type(self.trunk).from_config(self.trunk.config)
+        trunk.load_state_dict(trunk_state, assign=True)  # with their dtype
+        self.pipe.vae.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+        self.with_parts(**{self.trunk_name: trunk}).save_pretrained(folder)
+
+    def with_parts(self, **parts) -> DiffusionPipeline:
+        """A stock pipeline of these components; the others and its options are as they are here."""
+        _, options = self.pipe._get_signature_keys(type(self.pipe))
+        kept = {name: self.pipe.config[name] for name in options if name in self.pipe.config}
+        return type(self.pipe)(**{**self.pipe.components, **kept, **parts})
 
     def default_taps(self) -> list[int]:
         """Blocks of one width. Three depths, as SD3.5-M's blocks 7, 15 and 23 of 24 (arXiv 2605.27736): a third, two
@@ -95,16 +136,22 @@ class Backbone(ABC):
         return sorted({round(self.depth * part / 3) - 1 for part in (1, 2, 3)} - {-1})
 
 
+def latent_side(resolution: int, vae_scale_factor: int, patch_size: int = 1) -> int:
+    """H = W of the latents of square pictures; UserError unless they are whole patches of `patch_size`."""
+    unit = vae_scale_factor * patch_size
+    if resolution % unit:
+        below = max(unit, resolution // unit * unit)
+        raise UserError(
+            f"model.resolution = {resolution}: must be a multiple of {unit}, the pixels of this model's "
+            f"{'patch' if patch_size > 1 else 'latent'}; nearest: {below} or {below + unit}"
+        )
+    return resolution // vae_scale_factor
+
+
 def flow_schedule(sigmas: Tensor, transition: str, noise_level: float, num_trained_steps: int | None) -> Schedule:
     """Of a flow model, whose noise levels are float32 [K + 1], descending to 0; it is conditioned on 1000 sigma."""
     table = build_table(transition, noise_level, sigmas=sigmas, num_trained_steps=num_trained_steps)
     return Schedule(table, sigmas[:-1] * 1000.0)
-
-
-def freeze(*modules: nn.Module | None) -> None:
-    for module in modules:
-        if module is not None:
-            module.eval().requires_grad_(False)
 
 
 def as_uint8(pictures: Tensor) -> Tensor:

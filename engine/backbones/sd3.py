@@ -4,38 +4,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..transitions import Schedule
-from .base import Backbone, Conditioning, as_uint8, flow_schedule, freeze
+from .base import Backbone, Conditioning, as_uint8, flow_schedule, latent_side
 from .sd3_fused import fuse
 
 
 class SD3Backbone(Backbone):
-    def __init__(self, pipe: StableDiffusion3Pipeline, max_sequence_length: int):
-        self.pipe = pipe
-        self.trunk = pipe.transformer
+    def __init__(self, pipe: StableDiffusion3Pipeline, max_sequence_length: int, resolution: int | None = None):
+        super().__init__(pipe)
         self.max_sequence_length = max_sequence_length
         without_t5 = {} if max_sequence_length else {"text_encoder_3": None, "tokenizer_3": None}
-        self._prompt_encoder = StableDiffusion3Pipeline(**{**pipe.components, **without_t5})
-        config = pipe.transformer.config
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self._prompt_encoder = self.with_parts(**without_t5)
+        config = self.trunk.config
+        side = latent_side(resolution, pipe.vae_scale_factor, config.patch_size) if resolution else config.sample_size
+        if side > config.patch_size * config.pos_embed_max_size:
+            raise UserError(
+                f"model.resolution = {resolution}: at most "
+                f"{config.patch_size * config.pos_embed_max_size * pipe.vae_scale_factor}, "
+                "which this model's table of positions holds"
+            )
+        self.latent_shape = (config.in_channels, side, side)
         self.width = config.num_attention_heads * config.attention_head_dim
         self.text_width = config.pooled_projection_dim
         self.depth = config.num_layers
         encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3 if max_sequence_length else None)
         self.encoders = [encoder for encoder in encoders if encoder is not None]
-        freeze(pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
-        pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are faster so
-        pipe.set_progress_bar_config(disable=True)
 
     @classmethod
-    def load(cls, folder: Path, max_sequence_length: int) -> "SD3Backbone":
-        return cls(StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32), max_sequence_length)
-
-    def to(self, device: torch.device) -> None:
-        self.pipe.vae.to(device)
+    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "SD3Backbone":
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        return cls(pipe, max_sequence_length, resolution)
 
     def fuse(self) -> None:
         fuse(self.trunk)
@@ -58,10 +61,24 @@ class SD3Backbone(Backbone):
     def schedule(
         self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
     ) -> Schedule:
-        self.pipe.scheduler.set_timesteps(num_inference_steps)
-        return flow_schedule(self.pipe.scheduler.sigmas.float().cpu(), transition, noise_level, num_trained_steps)
+        scheduler, options = self.pipe.scheduler, self.pipe.scheduler.config
+        shift = {}
+        if options.use_dynamic_shifting:
+            tokens = (self.latent_shape[1] // self.trunk.config.patch_size) ** 2
+            shift["mu"] = calculate_shift(
+                tokens, options.base_image_seq_len, options.max_image_seq_len, options.base_shift, options.max_shift
+            )
+        scheduler.set_timesteps(num_inference_steps, **shift)
+        return flow_schedule(scheduler.sigmas.float().cpu(), transition, noise_level, num_trained_steps)
 
-    def predict(self, trunk: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(
+        self,
+        trunk: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
         return trunk(
             hidden_states=latents,
             timestep=timesteps,
@@ -78,9 +95,3 @@ class SD3Backbone(Backbone):
         vae = self.pipe.vae
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         return as_uint8(vae.decode(latents.to(vae.dtype)).sample)
-
-    def save(self, trunk_state: dict[str, Tensor], folder: Path) -> None:
-        trunk = SD3Transformer2DModel.from_config(self.trunk.config)
-        trunk.load_state_dict(trunk_state, assign=True)  # with their dtype
-        self.pipe.vae.to(memory_format=torch.contiguous_format)  # safetensors takes no other
-        StableDiffusion3Pipeline(**{**self.pipe.components, "transformer": trunk}).save_pretrained(folder)

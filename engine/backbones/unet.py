@@ -4,51 +4,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..transitions import Schedule, build_table
-from .base import Backbone, Conditioning, as_uint8, freeze
+from .base import Backbone, Conditioning, as_uint8, latent_side
 
 
 class UNetBackbone(Backbone):
     """The blocks are numbered as the UNet runs them: down, mid, up (SD1.x and SD2.x: 0-3, 4, 5-8)."""
 
-    def __init__(self, pipe: StableDiffusionPipeline):
-        self.pipe = pipe
-        self.trunk = pipe.unet
+    trunk_name = "unet"
+
+    def __init__(self, pipe: DiffusionPipeline, resolution: int | None = None):
+        super().__init__(pipe)
         self.encoders = [pipe.text_encoder]
-        config = pipe.unet.config
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        config = self.trunk.config
+        side = latent_side(resolution, pipe.vae_scale_factor) if resolution else config.sample_size
+        self.latent_shape = (config.in_channels, side, side)
         channels = config.block_out_channels
         self._widths = [*channels, channels[-1], *reversed(channels)]
         self.width = channels[-1]
         self.depth = len(self._widths)
         self.text_width = pipe.text_encoder.config.hidden_size
-        self._scheduler = _ddim(pipe.scheduler.config)
-        freeze(pipe.vae, pipe.text_encoder)
-        pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are faster so
-        pipe.set_progress_bar_config(disable=True)
+        self._scheduler = _ddim(pipe.scheduler)
 
     @classmethod
-    def load(cls, folder: Path, max_sequence_length: int) -> "UNetBackbone":
+    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "UNetBackbone":
         """Without the safety checker. Prompts have the tokenizer's own length: max_sequence_length is T5's."""
-        return cls(
-            StableDiffusionPipeline.from_pretrained(
-                folder,
-                torch_dtype=torch.float32,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
-
-    def to(self, device: torch.device) -> None:
-        self.pipe.vae.to(device)
-
-    def fuse(self) -> None:
-        """Changes nothing: there is no kernel yet for what a UNet's blocks are made of."""
+        return cls(pipe, resolution)
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
@@ -88,7 +80,14 @@ class UNetBackbone(Backbone):
         )
         return Schedule(table, timesteps.float())
 
-    def predict(self, trunk: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(
+        self,
+        trunk: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
         return trunk(
             sample=latents,
             timestep=timesteps,
@@ -117,19 +116,16 @@ class UNetBackbone(Backbone):
         vae = self.pipe.vae
         return as_uint8(vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample)
 
-    def save(self, trunk_state: dict[str, Tensor], folder: Path) -> None:
-        """With the scheduler of the folder that was loaded, without a safety checker."""
-        trunk = UNet2DConditionModel.from_config(self.trunk.config)
-        trunk.load_state_dict(trunk_state, assign=True)  # with their dtype
-        self.pipe.vae.to(memory_format=torch.contiguous_format)  # safetensors takes no other
-        components = {**self.pipe.components, "unet": trunk}
-        StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(folder)
 
-
-def _ddim(config: dict) -> DDIMScheduler:
+def _ddim(found: SchedulerMixin) -> DDIMScheduler:
     """DDIM over the noise levels and timesteps of a pipeline's scheduler, of whatever kind that is."""
+    if "beta_schedule" not in found.config:
+        raise UserError(
+            f"model.pretrained: its scheduler is {type(found).__name__}, whose noise levels are not Stable Diffusion's "
+            "(no beta_schedule), and DDIM has none for them"
+        )
     # As StableDiffusionPipeline has it in any scheduler: an offset of 1, and no clip_sample, which we never do.
-    scheduler = DDIMScheduler.from_config(config, steps_offset=1)
+    scheduler = DDIMScheduler.from_config(found.config, steps_offset=1)
     if scheduler.config.thresholding:
         raise UserError(
             "model.pretrained: its scheduler has thresholding = true, which has no likelihood; it is not meant for "

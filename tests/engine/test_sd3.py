@@ -150,6 +150,12 @@ def test_embedded_tokenizers_are_the_same_in_every_call():
 def test_messages_for_folders_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="has no model_index.json"):
         load_backbone(str(tmp_path), 0)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(UserError, match="is a FluxPipeline; supported are StableDiffusion3Pipeline"):
+    index = tmp_path / "model_index.json"
+    index.write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    with pytest.raises(UserError, match="is a PixArtAlphaPipeline; supported are StableDiffusion3Pipeline"):
+        load_backbone(str(tmp_path), 0)
+    index.write_text(
+        '{"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"], "image_encoder": [null, null]}'
+    )
+    with pytest.raises(UserError, match="is incomplete: it has no folder vae, of which its model_index.json speaks"):
         load_backbone(str(tmp_path), 0)

@@ -1,0 +1,102 @@
+"""FLUX.1 (dev and schnell): `FluxPipeline` folders. Flow matching on latents that the transformer takes as tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor, nn
+
+from ..transitions import Schedule
+from .base import Backbone, Conditioning, as_uint8, flow_schedule, latent_side
+
+
+class FluxBackbone(Backbone):
+    """The blocks are the double-stream ones, then the single-stream ones. A token is 2 x 2 latents.
+
+    FLUX.1-dev is guidance-distilled: the guidance scale is an input, and there is no unconditional branch.
+    """
+
+    def __init__(self, pipe: FluxPipeline, max_sequence_length: int, resolution: int | None = None):
+        super().__init__(pipe)
+        self.max_sequence_length = max_sequence_length
+        config = self.trunk.config
+        self.is_guidance_distilled = config.guidance_embeds
+        side = latent_side(resolution, pipe.vae_scale_factor, 2) if resolution else pipe.default_sample_size
+        self.latent_shape = (config.in_channels // 4, side, side)
+        self.width = config.num_attention_heads * config.attention_head_dim
+        self.text_width = config.pooled_projection_dim
+        self.depth = config.num_layers + config.num_single_layers
+        self.encoders = [pipe.text_encoder, pipe.text_encoder_2]
+        self._image_ids = pipe._prepare_latent_image_ids(1, side // 2, side // 2, torch.device("cpu"), torch.float32)
+
+    @classmethod
+    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "FluxBackbone":
+        return cls(FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32), max_sequence_length, resolution)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self._image_ids = self._image_ids.to(device)
+
+    @torch.no_grad()
+    def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            list(texts), None, self.encoders[0].device, max_sequence_length=self.max_sequence_length
+        )
+        return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
+
+    def pooled_text(self, conditioning: Conditioning) -> Tensor:
+        return conditioning["pooled_prompt_embeds"]
+
+    def schedule(
+        self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
+    ) -> Schedule:
+        scheduler, options = self.pipe.scheduler, self.pipe.scheduler.config
+        mu = calculate_shift(
+            len(self._image_ids),
+            options.base_image_seq_len,
+            options.max_image_seq_len,
+            options.base_shift,
+            options.max_shift,
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
+        return flow_schedule(scheduler.sigmas.float().cpu(), transition, noise_level, num_trained_steps)
+
+    def predict(
+        self,
+        trunk: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        embeds = conditioning["prompt_embeds"]
+        count, channels, height, width = latents.shape
+        tokens = FluxPipeline._pack_latents(latents, count, channels, height, width)
+        prediction = trunk(
+            hidden_states=tokens,
+            timestep=timesteps / 1000,
+            guidance=timesteps.new_full((count,), guidance_scale) if self.is_guidance_distilled else None,
+            pooled_projections=conditioning["pooled_prompt_embeds"],
+            encoder_hidden_states=embeds,
+            txt_ids=self._image_ids.new_zeros(embeds.shape[1], 3),
+            img_ids=self._image_ids,
+            return_dict=False,
+        )[0]
+        return (
+            prediction.unflatten(1, (height // 2, width // 2))
+            .unflatten(3, (channels, 2, 2))
+            .permute(0, 3, 1, 4, 2, 5)
+            .reshape(latents.shape)
+        )
+
+    def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
+        return [*trunk.transformer_blocks, *trunk.single_transformer_blocks][index], 1  # (text tokens, image tokens)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return as_uint8(vae.decode(latents.to(vae.dtype)).sample)

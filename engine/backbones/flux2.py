@@ -1,0 +1,105 @@
+"""FLUX.2 klein (4B and 9B, base and step-distilled): `Flux2KleinPipeline` folders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from torch import Tensor, nn
+
+from ..transitions import Schedule
+from .base import Backbone, Conditioning, as_uint8, flow_schedule, latent_side
+
+
+class Flux2Backbone(Backbone):
+    """The blocks are the double-stream ones, then the single-stream ones. Latents are patches already: one token each.
+
+    The step-distilled models are to be sampled at guidance 1, as the stock pipeline does whatever it is told.
+    """
+
+    def __init__(self, pipe: Flux2KleinPipeline, max_sequence_length: int, resolution: int | None = None):
+        super().__init__(pipe)
+        self.max_sequence_length = max_sequence_length
+        config = self.trunk.config
+        pixels = resolution or pipe.default_sample_size * pipe.vae_scale_factor
+        side = latent_side(pixels, pipe.vae_scale_factor, 2) // 2
+        self.latent_shape = (config.in_channels, side, side)
+        self.width = config.num_attention_heads * config.attention_head_dim
+        self.text_width = config.joint_attention_dim
+        self.depth = config.num_layers + config.num_single_layers
+        self.encoders = [pipe.text_encoder]
+        self._image_ids = pipe._prepare_latent_ids(torch.empty(1, *self.latent_shape))[0]
+
+    @classmethod
+    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "Flux2Backbone":
+        pipe = Flux2KleinPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        return cls(pipe, max_sequence_length, resolution)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self._image_ids = self._image_ids.to(device)
+
+    @torch.no_grad()
+    def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
+        """The pooled text is the mean over the text's own tokens, without those that fill up its length."""
+        masks: list[Tensor] = []
+        encoder = self.pipe.text_encoder
+        with encoder.register_forward_pre_hook(
+            lambda _encoder, _inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
+        ):
+            embeds, _ = self.pipe.encode_prompt(
+                list(texts), encoder.device, max_sequence_length=self.max_sequence_length
+            )
+        embeds, mask = embeds.float(), masks[0][..., None]
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": (embeds * mask).sum(1) / mask.sum(1)}
+
+    def pooled_text(self, conditioning: Conditioning) -> Tensor:
+        return conditioning["pooled_prompt_embeds"]
+
+    def schedule(
+        self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
+    ) -> Schedule:
+        scheduler = self.pipe.scheduler
+        mu = compute_empirical_mu(len(self._image_ids), num_inference_steps)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
+        return flow_schedule(scheduler.sigmas.float().cpu(), transition, noise_level, num_trained_steps)
+
+    def predict(
+        self,
+        trunk: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        embeds = conditioning["prompt_embeds"]
+        text_ids = torch.zeros(embeds.shape[1], 4, device=latents.device, dtype=self._image_ids.dtype)
+        text_ids[:, 3] = torch.arange(embeds.shape[1], device=latents.device)
+        prediction = trunk(
+            hidden_states=latents.flatten(2).transpose(1, 2),
+            timestep=timesteps / 1000,
+            encoder_hidden_states=embeds,
+            txt_ids=text_ids,
+            img_ids=self._image_ids,
+            return_dict=False,
+        )[0]
+        return prediction.transpose(1, 2).reshape(latents.shape)
+
+    def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
+        double = trunk.transformer_blocks
+        # A double-stream block returns (text tokens, image tokens), a single-stream one all tokens, text in front.
+        return (
+            (double[index], 1) if index < len(double) else (trunk.single_transformer_blocks[index - len(double)], None)
+        )
+
+    def tokens(self, features: Tensor) -> Tensor:
+        return features[:, -len(self._image_ids) :]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        mean, variance = (x.view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
+        latents = latents * (variance + vae.config.batch_norm_eps).sqrt() + mean
+        return as_uint8(vae.decode(Flux2KleinPipeline._unpatchify_latents(latents).to(vae.dtype)).sample)

@@ -15,7 +15,8 @@ class ActorCritic(nn.Module):
     """Policy trunk and critic heads over one diffusion model.
 
     With `critic.trunk` = "shared-detached" the heads read the policy's features without a gradient into the trunk, with
-    "shared" the value loss trains the trunk too.
+    "shared" the value loss trains the trunk too. With "separate" they read those of `critic_trunk`, a copy that starts
+    as the policy's and has its frozen weights in common with it.
     """
 
     def __init__(self, backbone: Backbone, config: CriticConfig, reward_names: list[str], guidance_scale: float = 1.0):
@@ -25,6 +26,7 @@ class ActorCritic(nn.Module):
         self.guidance_scale = guidance_scale
         self.detach = config.trunk == "shared-detached"
         self.trunk = backbone.trunk
+        self.critic_trunk = _twin(backbone.trunk) if config.trunk == "separate" else None
         self.tap_indices = backbone.default_taps() if config.taps == "auto" else list(config.taps)
         if not self.tap_indices or not all(0 <= i < backbone.depth for i in self.tap_indices):
             raise UserError(
@@ -45,13 +47,28 @@ class ActorCritic(nn.Module):
         self._tapped = [self._tap(index) for index in self.tap_indices]
 
     def _tap(self, index: int) -> nn.Module:
-        block, position = self.backbone.tap(self.trunk, index)
+        block, position = self.backbone.tap(self.critic_trunk or self.trunk, index)
 
         def keep(block, _inputs, output):
             block.tapped = output if position is None else output[position]
 
         block.register_forward_hook(keep)
         return block
+
+    @property
+    def trunks(self) -> list[nn.Module]:
+        return [self.trunk] if self.critic_trunk is None else [self.trunk, self.critic_trunk]
+
+    @property
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What is trained of the policy."""
+        return [parameter for parameter in self.trunk.parameters() if parameter.requires_grad]
+
+    @property
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What is trained of the critic."""
+        parts = (*self.trunks[1:], self.critic)
+        return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
     def __deepcopy__(self, memo: dict) -> "ActorCritic":
         """Weights of its own, the same frozen parts around them."""
@@ -67,18 +84,26 @@ class ActorCritic(nn.Module):
         conditioning: Conditioning,
         unconditional: Conditioning | None = None,
         guidance_scale: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        values_only: bool = False,
+    ) -> tuple[Tensor | None, Tensor]:
         """Prediction [B, C, H, W] and values [B, M], both float32.
 
         latents: float32 [B, C, H, W]; timesteps: float32 [B], 0..1000; guidance_scale: None is the trained one. With
         guidance above 1 the unconditional branch runs in the same batch, in front, and the critic reads the
         conditional half (a guidance-distilled model has no such branch).
+        values_only: no prediction (None) where the values can be had without one.
         """
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         dtype = next(self.trunk.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
         pooled_text = self.backbone.pooled_text(conditioning)
         inputs, steps = latents.to(dtype), timesteps
+        if self.critic_trunk is not None:
+            # At guidance 1, but for a distilled model: the critic reads the conditional branch alone.
+            self.backbone.predict(self.critic_trunk, inputs, steps, conditioning, guidance)
+            values = self._values(timesteps, pooled_text)
+            if values_only:
+                return None, values
         with_unconditional = self.backbone.needs_unconditional(guidance)
         if with_unconditional:
             conditioning = {
@@ -87,12 +112,23 @@ class ActorCritic(nn.Module):
             }
             inputs, steps = torch.cat([inputs, inputs]), torch.cat([steps, steps])
         prediction = self.backbone.predict(self.trunk, inputs, steps, conditioning, guidance).float()
-        features = [vars(block).pop("tapped") for block in self._tapped]
         if with_unconditional:
             without, with_prompt = prediction.chunk(2)
             prediction = without + guidance * (with_prompt - without)
-            features = [tapped.chunk(2)[1] for tapped in features]
+        if self.critic_trunk is None:
+            values = self._values(timesteps, pooled_text)
+        return prediction, values
+
+    def _values(self, timesteps: Tensor, pooled_text: Tensor) -> Tensor:
+        """What the critic makes of the features that the last forward of its trunk left behind."""
+        features = [vars(block).pop("tapped")[-len(timesteps) :] for block in self._tapped]  # with the prompt
         if self.detach:
             features = [tapped.detach() for tapped in features]
         tokens = [self.backbone.tokens(tapped) for tapped in features]
-        return prediction, self.critic(*tokens, timesteps=timesteps, pooled_text=pooled_text)
+        return self.critic(*tokens, timesteps=timesteps, pooled_text=pooled_text)
+
+
+def _twin(trunk: nn.Module) -> nn.Module:
+    """A copy; what is frozen is not copied but shared."""
+    frozen = [parameter for parameter in trunk.parameters() if not parameter.requires_grad]
+    return copy.deepcopy(trunk, {id(parameter): parameter for parameter in frozen})

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .actor_critic import ActorCritic
+from .config import Config
 from .errors import TrainingError, UserError
+from .model_card import write_model_card
 from .sharding import World, gather_state
 
 KEPT = 2  # the newest, and the one before it
@@ -31,25 +33,40 @@ class CheckpointStore:
     def __init__(self, run_dir: Path, world: World, model: ActorCritic):
         self.folder, self.world = run_dir / "checkpoints", world
         self._shapes = signature(model)
+        self._dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self._own = f"run_state_rank{world.rank}.safetensors"
 
     def latest(self) -> int | None:
         """The iteration of the newest complete checkpoint, None where there is none."""
         found = [int(p.name.removeprefix("iteration-")) for p in self.folder.glob("iteration-*") if p.is_dir()]
         return max(found, default=None)
 
-    def save(self, engine: DeepSpeedEngine, iteration: int, state: dict[str, Tensor]) -> None:
-        """Weights, optimizer and `state` (small tensors, the same on every rank) after `iteration` iterations."""
+    def save(
+        self, engine: DeepSpeedEngine, iteration: int, state: dict[str, Tensor], here: dict[str, Tensor] | None = None
+    ) -> None:
+        """Weights, optimizer, `state` (small tensors, the same on every rank) and `here` (each rank's own) after
+        `iteration` iterations."""
         name, hidden = f"iteration-{iteration:06d}", f".writing-{iteration:06d}"
         if self.world.is_main:
             for left in self.folder.glob(".writing-*"):  # of a run that was killed here
                 shutil.rmtree(left)
             (self.folder / hidden).mkdir(parents=True)
         dist.barrier()
-        engine.save_checkpoint(str(self.folder), tag=hidden, save_latest=False)
+        # A policy that rests just now would count as frozen. What is frozen is the base model's and stays there.
+        for parameter in engine.policy_parameters:
+            parameter.requires_grad_()
+        engine.save_checkpoint(str(self.folder), tag=hidden, save_latest=False, exclude_frozen_parameters=True)
+        if here:
+            save_file(here, self.folder / hidden / self._own)
         dist.barrier()
         if self.world.is_main:
             save_file(state, self.folder / hidden / "run_state.safetensors")
-            about = {"iteration": iteration, "world_size": self.world.size, "signature": self._shapes}
+            about = {
+                "iteration": iteration,
+                "world_size": self.world.size,
+                "signature": self._shapes,
+                "dtype": self._dtype,
+            }
             (self.folder / hidden / "run_state.json").write_text(json.dumps(about))
             _sync(self.folder / hidden)
             os.replace(self.folder / hidden, self.folder / name)
@@ -58,8 +75,11 @@ class CheckpointStore:
                 shutil.rmtree(old)
         dist.barrier()
 
-    def load(self, engine: DeepSpeedEngine, iteration: int) -> dict[str, Tensor]:
-        """Restores the engine and returns `state`. Raises UserError for a checkpoint of another model or world size."""
+    def load(self, engine: DeepSpeedEngine, iteration: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Restores the engine and returns `state` and `here`.
+
+        Raises UserError for a checkpoint of another model or world size.
+        """
         folder = self.folder / f"iteration-{iteration:06d}"
         about = json.loads((folder / "run_state.json").read_text())
         if about["signature"] != self._shapes:
@@ -72,22 +92,46 @@ class CheckpointStore:
                 f"{folder} was written by {about['world_size']} processes, this run has {self.world.size}; "
                 f"resume with deepspeed --num_gpus {about['world_size']}"
             )
-        engine.load_checkpoint(str(self.folder), tag=folder.name)
-        return load_file(folder / "run_state.safetensors")
+        engine.load_checkpoint(
+            str(self.folder), tag=folder.name, load_module_strict=False
+        )  # what is frozen is not there
+        own = folder / self._own
+        return load_file(folder / "run_state.safetensors"), load_file(own) if own.exists() else {}
 
 
-def export(run_dir: Path, model: ActorCritic, world: World) -> None:
-    """`pipeline/`, a stock diffusers folder of the trained model, and `critic.safetensors`."""
-    trunk, critic = gather_state(model.trunk, world), gather_state(model.critic, world)
-    if not world.is_main:
-        return
-    partial = run_dir / ".pipeline.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.backbone.save(trunk, partial)
-    shutil.rmtree(run_dir / "pipeline", ignore_errors=True)
-    os.replace(partial, run_dir / "pipeline")
+def export(folder: Path, model: ActorCritic, config: Config, run_dir: Path, merge: bool = False) -> None:
+    """The trained policy with a model card, and `critic.safetensors`; a critic's own trunk is `critic_trunk/`.
+
+    `pipeline/` is a stock diffusers folder; of a LoRA run `lora/` is what `load_lora_weights` takes, unless `merge`
+    asks for a pipeline. Every rank calls it, or one process with the whole model.
+    """
+    trunk, critic = gather_state(model.trunk), gather_state(model.critic)
+    critic_trunk = None if model.critic_trunk is None else gather_state(model.critic_trunk)
+    if not trunk:
+        return  # another rank writes
+    backbone = model.backbone
+    if config.model.lora and not merge:
+        name, save = "lora", backbone.save_lora
+    else:
+        name, save = "pipeline", backbone.save
+    with _new_folder(folder / name) as partial:
+        save(trunk, partial)
+        write_model_card(partial, config, run_dir)
+    if critic_trunk is not None:
+        with _new_folder(folder / "critic_trunk") as partial:
+            backbone.save_trunk(critic_trunk, partial)
     about = {"taps": json.dumps(model.tap_indices), "rewards": json.dumps(model.reward_names)}
-    save_file({name: t.contiguous() for name, t in critic.items()}, run_dir / "critic.safetensors", about)
+    save_file({name: t.contiguous() for name, t in critic.items()}, folder / "critic.safetensors", about)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder to write to that takes the name in the end; what had the name stays until then."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
 
 
 def signature(model: ActorCritic) -> str:

@@ -57,6 +57,19 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True)
 
 
+class LoRAConfig(_Section):
+    """Low-rank factors beside frozen weights (arXiv 2106.09685)."""
+
+    rank: int = Field(32, ge=1, description="Rank of the factors")
+    alpha: float = Field(64, gt=0, description="The factors' product is added alpha / rank times")
+    target_modules: list[str] | Literal["auto"] = Field(
+        "auto",
+        min_length=1,
+        description="Layers that get factors, by the ends of their names, as in PEFT; `auto` are the attention's "
+        "projections, as diffusers' own scripts take them for the family",
+    )
+
+
 class ModelConfig(_Section):
     """The diffusion model that is post-trained."""
 
@@ -81,6 +94,14 @@ class ModelConfig(_Section):
     fused: bool = Field(
         True,
         description="Fused LayerNorm + modulation and gated residuals in the trunk's blocks (on a GPU: Triton kernels)",
+    )
+    lora: LoRAConfig | None = Field(
+        None, description="Train low-rank factors alone; null is full training. `{}` takes the defaults"
+    )
+    freeze: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="Modules or parameters of the trunk that are not trained, by name or pattern "
+        '(`"transformer_blocks.0"`, `"*.norm*"`)',
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time"
@@ -170,9 +191,11 @@ class RolloutConfig(_Section):
 class CriticConfig(_Section):
     """The value function on the noisy latents."""
 
-    trunk: Literal["shared-detached", "shared"] = Field(
+    trunk: Literal["shared-detached", "shared", "separate"] = Field(
         "shared-detached",
-        description="Heads read the policy's features without gradient into the trunk, or with it (`shared`)",
+        description="Heads read the policy's features without gradient into the trunk, or with it (`shared`), or those "
+        "of a trunk of their own that starts as the policy's (`separate`: twice the forwards and the memory; with LoRA "
+        "both trunks have the frozen weights in common)",
     )
     taps: list[Annotated[int, Field(ge=0)]] | Literal["auto"] = Field(
         "auto",
@@ -267,6 +290,13 @@ class TrainingConfig(_Section):
         ge=0,
         description="Extra critic-only passes an iteration, so that the critic follows a moving policy; `lam` below 1 "
         "needs one, since only these learn the values of steps that are not trained",
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep an average of the policy's weights, of which an update is 1 - decay: what is evaluated and "
+        "exported. null is none",
     )
     checkpoint_every: int = Field(10, ge=1, description="Iterations between checkpoints")
 

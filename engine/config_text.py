@@ -69,10 +69,10 @@ def _locate(schema: type[BaseModel], loc: KeyPath) -> tuple[KeyPath, Any, FieldI
     annotation: Any = schema
     info = None
     for depth, part in enumerate(loc):
-        if _is_section(annotation):
-            if part not in annotation.model_fields:
-                return loc[: depth + 1], annotation, None
-            info = annotation.model_fields[part]
+        if section := _section(annotation):
+            if part not in section.model_fields:
+                return loc[: depth + 1], section, None
+            info = section.model_fields[part]
             annotation = info.annotation
         elif _is_section_list(annotation):
             annotation, info = get_args(annotation)[0], None
@@ -83,6 +83,12 @@ def _locate(schema: type[BaseModel], loc: KeyPath) -> tuple[KeyPath, Any, FieldI
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that the annotation is, or may be instead of null."""
+    arms = get_args(annotation) if get_origin(annotation) in (UnionType, Union) else (annotation,)
+    return next((arm for arm in arms if _is_section(arm)), None)
 
 
 def _is_section_list(annotation: Any) -> bool:
@@ -106,6 +112,8 @@ def _leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(info.annotation, f"{prefix}{name}.")
             continue
         yield f"{prefix}{name}", info.annotation, info
+        if section := _section(info.annotation):
+            yield from _leaves(section, f"{prefix}{name}.")
         if _is_section_list(info.annotation) and not prefix:
             yield from _leaves(get_args(info.annotation)[0], f"{name}[].")
 

@@ -25,7 +25,7 @@ class Part(NamedTuple):
 class Pass(NamedTuple):
     """What a forward of a part found. loss: already weighted."""
 
-    prediction: Tensor
+    prediction: Tensor | None
     loss: Tensor
     statistics: Tensor
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +84,11 @@ def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpe
     """
     options = config.optimizer
     dtype = resolve_dtype(config.model.dtype, world.device)
-    policy = [parameter for parameter in model.trunk.parameters() if parameter.requires_grad]
+    policy = model.policy_parameters
     optimizer = PhasedAdamW(
         [
             {"params": policy, "lr": options.policy_lr},
-            {"params": list(model.critic.parameters()), "lr": options.critic_lr},
+            {"params": model.critic_parameters, "lr": options.critic_lr},
         ],
         betas=options.betas,
         weight_decay=options.weight_decay,
@@ -95,6 +96,7 @@ def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpe
     )
     section: dict[str, Any] = {
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # with an offloaded optimizer too it is PhasedAdamW
         **config.deepspeed,
         "train_micro_batch_size_per_gpu": config.rollout.micro_batch_size,
         "gradient_accumulation_steps": 1,  # the trainer sets the boundary of each update itself
@@ -103,7 +105,7 @@ def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpe
         "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": 10**9,
     }
-    make_units([*model.backbone.blocks(model.trunk), model.critic])
+    make_units([block for trunk in model.trunks for block in model.backbone.blocks(trunk)] + [model.critic])
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
     except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
@@ -123,13 +125,11 @@ def set_learning_rates(engine: deepspeed.DeepSpeedEngine, policy: float, critic:
         parameter.requires_grad_(policy > 0)
 
 
-def gradient_norm(module: nn.Module, world: World) -> float:
-    """2-norm of a part's accumulated gradients over all shards; call it between the last backward and the step."""
+def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> float:
+    """2-norm of their accumulated gradients over all shards; call it between the last backward and the step."""
     squares = torch.zeros((), dtype=torch.float64, device=world.device)
     sharded = False
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            continue
+    for parameter in parameters:
         is_shard = hasattr(parameter, "ds_id")
         grad = safe_get_local_grad(parameter) if is_shard else safe_get_full_grad(parameter)
         sharded = sharded or is_shard
@@ -140,14 +140,14 @@ def gradient_norm(module: nn.Module, world: World) -> float:
     return squares.sqrt().item()
 
 
-def gather_state(module: nn.Module, world: World) -> dict[str, Tensor]:
+def gather_state(module: nn.Module) -> dict[str, Tensor]:
     """The whole state dict on the CPU of rank 0 (empty elsewhere), gathered parameter by parameter."""
-    state = {}
+    state, is_main = {}, not dist.is_initialized() or dist.get_rank() == 0
     for name, parameter in module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if world.is_main:
+            if is_main:
                 state[name] = parameter.detach().cpu().clone()
-    if world.is_main:
+    if is_main:
         persistent = module.state_dict().keys()
         state.update({name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in persistent})
     return state

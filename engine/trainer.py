@@ -1,6 +1,7 @@
 """The loop: prompts -> rollout -> rewards -> advantages -> updates -> metrics, evaluation, checkpoint."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ from . import reports
 from .actor_critic import ActorCritic
 from .advantages import mean_and_variance
 from .backbones import load_backbone
+from .backbones.attention import set_attention_backend
 from .backbones.base import Backbone, Conditioning
 from .backbones.compiled import compile_blocks
 from .backbones.onednn import use_onednn
 from .checkpoint import CheckpointStore, disk_errors, export
 from .config import Config, save_config
+from .ema import WeightAverage
 from .errors import UserError
 from .evaluate import Evaluation, Evaluator
 from .inference_copy import InferenceCopy
@@ -30,6 +33,7 @@ from .rollout import Rollout
 from .scoring import Scoring
 from .sharding import World, resolve_dtype, shard
 from .summary import summarize
+from .trainable import choose_trained
 from .trajectory import Trajectory
 from .transitions import trained_steps
 from .trunk_clock import TrunkClock
@@ -51,14 +55,18 @@ class Trainer:
         check_prompts([*self.rewards, *watched], (p.text for p in held_out))
         self.sampler = PromptSampler(prompts, config.seed)
 
-        model = config.model
-        self.backbone = backbone or load_backbone(model.pretrained, model.max_sequence_length, model.resolution)
-        if config.model.fused:
+        options, dtype = config.model, resolve_dtype(config.model.dtype, world.device)
+        self.backbone = backbone or load_backbone(
+            options.pretrained, options.max_sequence_length, options.resolution, dtype
+        )
+        trunk = self.backbone.trunk
+        choose_trained(trunk, options.lora, self.backbone.lora_targets(), options.freeze)
+        if options.fused:
             self.backbone.fuse()
-        use_onednn(self.backbone.trunk)
+        use_onednn(trunk)
         self.backbone.to(world.device)
-        if config.model.gradient_checkpointing:
-            self.backbone.trunk.enable_gradient_checkpointing()
+        if options.gradient_checkpointing:
+            trunk.enable_gradient_checkpointing()
         sampler = config.rollout
         self.schedule = self.backbone.schedule(
             sampler.transition, sampler.noise_level, sampler.num_inference_steps, sampler.num_trained_steps
@@ -67,20 +75,23 @@ class Trainer:
 
         names = [reward.name for reward in self.rewards]
         self.model = ActorCritic(self.backbone, config.critic, names, config.rollout.guidance_scale).eval()
-        self.model.to(world.device, resolve_dtype(config.model.dtype, world.device))
-        self.attention = self.backbone.set_attention_backend(config.model.attention_backend)
-        if config.model.compile:
-            compile_blocks(self.backbone.blocks(self.backbone.trunk))
+        self.model.to(world.device, dtype)
+        for trunk in self.model.trunks:
+            self.attention = set_attention_backend(trunk, options.attention_backend)
+            if options.compile:
+                compile_blocks(self.backbone.blocks(trunk))
         self.encode = PromptCache(self.backbone, world.device)
         self.cost = measure(self.model, world.cores, config.training.steps_per_forward, *self._micro_batch())
         self.weights = InferenceCopy(self.model)
         self.clock = TrunkClock(world.device)
-        self.clock.watch(self.model.trunk)
+        self._watch(self.model)
         self.engine = shard(self.model, config, world)
         self.weights.attach(self.engine, config.rollout.weights, world)
         self._generation = self.weights.generation
         self.rollout = self._rollout()
-        self.updater = Updater(self.engine, self._passes(), config, world)
+        decay = config.training.ema_decay
+        self.average = WeightAverage(self.engine.policy_parameters, decay) if decay else None
+        self.updater = Updater(self.engine, self._passes(), config, world, self.average)
         self.standardizer = RunningStandardizer(len(names))
         self.evaluator = Evaluator(config, world, self.backbone, held_out, self.rewards, watched, self.schedule)
         self.store = CheckpointStore(run_dir, world, self.model)
@@ -163,7 +174,7 @@ class Trainer:
         total = training.value_pretraining_iterations + training.iterations
         main, start = self.world.is_main, self.store.latest()
         if start is not None:
-            self.standardizer.load_state_dict(self.store.load(self.engine, start))
+            self._load(start)
         if main:
             self._make_run_dir()
             save_config(self.config, self.run_dir / "config.json")
@@ -197,7 +208,8 @@ class Trainer:
             if last or done % training.checkpoint_every == 0:
                 self._save(done)
         self.rollout.close()
-        export(self.run_dir, self.model, self.world)
+        with self._averaged():
+            export(self.run_dir, self.model, self.config, self.run_dir)
         if main:
             progress.close()
             log.close()
@@ -214,15 +226,29 @@ class Trainer:
 
     def evaluate(self, iteration: int) -> Evaluation:
         """Held-out scores, kept in `evaluations/` with the settings that repeat them."""
-        self.refresh()
-        result = self.evaluator(self.rollout, self.standardizer)
+        with self._averaged():
+            self.refresh()
+            result = self.evaluator(self.rollout, self.standardizer)
         if self.world.is_main:
             settings = {**self.config.evaluation.model_dump(mode="json"), "prompts": self.config.prompts.eval}
             result.save(self.run_dir / "evaluations" / f"iteration-{iteration:06d}", settings)
         return result
 
+    def _averaged(self) -> AbstractContextManager:
+        """The policy's weights are their running average within it, if the run keeps one."""
+        return self.average.applied() if self.average else nullcontext()
+
+    def _load(self, iteration: int) -> None:
+        state, here = self.store.load(self.engine, iteration)
+        self.standardizer.load_state_dict(state)
+        if self.average and here:
+            self.average.load_state_dict(here)
+        elif self.average:
+            self.average.restart()
+
     def _save(self, iteration: int) -> None:
-        self.store.save(self.engine, iteration, self.standardizer.state_dict())
+        here = self.average.state_dict() if self.average else {}
+        self.store.save(self.engine, iteration, self.standardizer.state_dict(), here)
         if self.world.is_main:
             reports.plot_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
 
@@ -239,10 +265,14 @@ class Trainer:
         models = [self.weights.module() for _ in range(count)]
         if self.weights.is_static:  # else it is the model itself, which is watched
             for model in models:
-                self.clock.watch(model.trunk, side_by_side=count)
+                self._watch(model, side_by_side=count)
         graph = options.cuda_graph if self.weights.is_static else "off"
         shape = self.backbone.latent_shape
         return Rollout(models, self.encode, shape, size, device, self.clock, graph, options.check_addresses)
+
+    def _watch(self, model: ActorCritic, side_by_side: int = 1) -> None:
+        for trunk in model.trunks:
+            self.clock.watch(trunk, side_by_side)
 
     def _passes(self) -> Passes:
         """Side by side, as micro-batches are sampled; where there is one at a time, through DeepSpeed."""

@@ -28,9 +28,9 @@ class TrunkClock:
         trunk.register_forward_pre_hook(lambda *_: self._start())
         trunk.register_forward_hook(lambda *_: self._stop(1 / side_by_side))
 
-    def watch_backward(self, prediction: Tensor) -> None:
+    def watch_backward(self, prediction: Tensor | None) -> None:
         """Call with the prediction before its backward, and `backward_done` after it, in the same thread."""
-        if prediction.requires_grad:
+        if prediction is not None and prediction.requires_grad:
             prediction.register_hook(lambda _grad: self._start())
 
     def backward_done(self, share: float = 1.0) -> None:

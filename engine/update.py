@@ -20,6 +20,7 @@ from ..kernels.ppo import PPOClips, ppo_loss, value_loss
 from ..kernels.transition import transition_log_prob
 from .backbones.base import Conditioning
 from .config import Config
+from .ema import WeightAverage
 from .errors import TrainingError
 from .outcome import Outcome
 from .passes import Forward, Part, Pass, Passes
@@ -50,8 +51,17 @@ def parts_of(batches: Sequence[slice], steps: int, steps_per_forward: int, at_on
 
 
 class Updater:
-    def __init__(self, engine: DeepSpeedEngine, passes: Passes, config: Config, world: World):
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        passes: Passes,
+        config: Config,
+        world: World,
+        average: WeightAverage | None = None,
+    ):
+        """average: of the policy's weights, to be kept up to date."""
         self.engine, self.passes, self.config, self.world = engine, passes, config, world
+        self.average = average
         self.size, algorithm = config.rollout.micro_batch_size, config.algorithm
         self.clips = PPOClips(algorithm.clip_range, algorithm.value_clip_range, algorithm.target_clip)
         # A pass without the trunk's gradient keeps one block's activations, a training pass every block's (or with
@@ -79,16 +89,20 @@ class Updater:
         for batches in self._batches(trajectory, order):
             parts = self._parts(batches, trajectory.trained_steps, self.config.training.steps_per_forward)
             self._step(parts, forward, log)
+            if self.average:
+                self.average.update()
         names = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "old_approx_kl", "clipfrac")
         sums = torch.stack([terms.sum(0) for terms in log["terms"]])  # [updates, statistics]
         means = _mean_over_ranks(sums.mean(0))
-        deviation = _max_over_ranks(torch.stack([terms[:, -1].amax() for terms in log["terms"]]))
+        deviation = _max_over_ranks(torch.stack([terms[:, len(names)].amax() for terms in log["terms"]]))
+        drift = _mean_over_ranks(sums[0, len(names) + 1 :])
         return {
             **dict(zip(names, means.tolist(), strict=False)),
             "first_ratio": sums[0, 2].item(),
             "first_clipfrac": sums[0, 5].item(),
             "first_ratio_deviation": deviation[0].item(),
             "ratio_max_deviation": deviation.max().item(),
+            "first_log_prob_drift_per_step": drift.tolist(),
             "grad_norm/actor": sum(log["actor"]) / len(log["actor"]),
             "grad_norm/critic": sum(log["critic"]) / len(log["critic"]),
         }
@@ -140,21 +154,23 @@ class Updater:
                 "update was not applied. Lower optimizer.policy_lr and optimizer.critic_lr, or algorithm.clip_range, "
                 "and go on from the last checkpoint with --resume auto"
             )
-        module = self.engine.module
-        if any(p.requires_grad for p in module.trunk.parameters()):
-            log["actor"].append(gradient_norm(module.trunk, self.world))
-        log["critic"].append(gradient_norm(module.critic, self.world))
+        model = self.engine.module
+        if policy := model.policy_parameters:
+            log["actor"].append(gradient_norm(policy, self.world))
+        log["critic"].append(gradient_norm(model.critic_parameters, self.world))
         log["terms"].append(terms)
         self.engine.step()
 
     def _policy_pass(
         self, trajectory: Trajectory, outcome: Outcome, unconditional, model: nn.Module, part: Part
     ) -> Pass:
-        """Loss of policy and critic, and the statistics of `ppo`: its losses, then the policy's."""
+        """Loss of policy and critic, and the statistics of `ppo`: its losses, then the policy's, and for each trained
+        step its share of the mean |log-prob - the rollout's|."""
         prediction, values = _forward(model, trajectory, part, unconditional)
         where = part.samples, part.steps
+        log_probs = _log_probs(trajectory, part, prediction)
         loss, statistics = ppo_loss(
-            _log_probs(trajectory, part, prediction),
+            log_probs,
             trajectory.log_probs[where],
             outcome.advantages[where],
             values,
@@ -164,13 +180,17 @@ class Updater:
             self.config.critic.value_coef,
         )
         *means, deviation = [statistics.policy_loss, statistics.value_loss, *statistics.policy]
-        return Pass(prediction, part.weight * loss, torch.stack([*(part.weight * mean for mean in means), deviation]))
+        terms = torch.stack([*(part.weight * mean for mean in means), deviation])
+        drift, steps = torch.zeros(trajectory.trained_steps, device=terms.device), part.steps.stop - part.steps.start
+        apart = (log_probs.detach() - trajectory.log_probs[where]).abs().mean(0)
+        drift[part.steps] = apart * part.weight * trajectory.trained_steps / steps
+        return Pass(prediction, part.weight * loss, torch.cat([terms, drift]))
 
     def _critic_pass(
         self, trajectory: Trajectory, outcome: Outcome, unconditional, model: nn.Module, part: Part
     ) -> Pass:
         """The critic's loss alone, and the same first two statistics."""
-        prediction, values = _forward(model, trajectory, part, unconditional)
+        prediction, values = _forward(model, trajectory, part, unconditional, values_only=True)
         where = part.samples, part.steps
         returns, values_old = outcome.returns[where], trajectory.values[where]
         loss, _ = value_loss(values, returns, values_old, self.clips.value_clip_range, self.clips.target_clip)
@@ -178,13 +198,15 @@ class Updater:
         return Pass(prediction, loss, torch.stack([torch.zeros_like(loss), loss]).detach())
 
 
-def _forward(model: nn.Module, trajectory: Trajectory, part: Part, unconditional) -> tuple[Tensor, Tensor]:
-    """Prediction [B n, C, H, W] and values [B, n, M] of n steps of B samples."""
+def _forward(
+    model: nn.Module, trajectory: Trajectory, part: Part, unconditional, values_only: bool = False
+) -> tuple[Tensor | None, Tensor]:
+    """Prediction [B n, C, H, W], which may be None with `values_only`, and values [B, n, M] of n steps of B samples."""
     z, count = trajectory.latents[part.samples, part.steps], part.steps.stop - part.steps.start
     conditioning = rows(trajectory.conditioning, part.samples)
     conditioning = {name: tensor.repeat_interleave(count, 0) for name, tensor in conditioning.items()}
     timesteps = trajectory.timesteps[part.steps].repeat(len(z))
-    prediction, values = model(z.flatten(0, 1), timesteps, conditioning, unconditional)
+    prediction, values = model(z.flatten(0, 1), timesteps, conditioning, unconditional, values_only=values_only)
     return prediction, values.unflatten(0, (-1, count))
 
 

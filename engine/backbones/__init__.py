@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from ..errors import UserError
@@ -25,9 +26,12 @@ EMBEDDED = Path(__file__).parent.parent / "embedded"
 TINY_DIT, TINY_UNET = EMBEDDED / "tiny-dit", EMBEDDED / "tiny-unet"
 
 
-def load_backbone(pretrained: str, max_sequence_length: int, resolution: int | None = None) -> Backbone:
+def load_backbone(
+    pretrained: str, max_sequence_length: int, resolution: int | None = None, dtype: torch.dtype = torch.float32
+) -> Backbone:
     """`pretrained`: "tiny-dit" or "tiny-unet" (packaged), a local diffusers folder, or a hub id (downloaded by
-    diffusers). resolution: pixels a side, None is the model's own.
+    diffusers). resolution: pixels a side, None is the model's own. dtype: of trunk and text encoders; the autoencoder,
+    which may overflow in less, is float32.
 
     Raises UserError where there is no such model, its pipeline class has no adapter, or it cannot be had at that
     resolution.
@@ -53,7 +57,7 @@ def load_backbone(pretrained: str, max_sequence_length: int, resolution: int | N
             "model_index.json speaks"
         )
     try:
-        return FAMILIES[family].load(folder, max_sequence_length, resolution)
+        return FAMILIES[family].load(folder, max_sequence_length, resolution, {"vae": torch.float32, "default": dtype})
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.pretrained: {pretrained} is incomplete or damaged: {error}") from error
 

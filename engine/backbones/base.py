@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..transitions import Schedule, build_table
-from .attention import set_attention_backend
 
 Conditioning = dict[str, Tensor]  # per-sample tensors, first dimension = sample; float32, kept on the CPU in the cache
 
@@ -18,7 +18,7 @@ Conditioning = dict[str, Tensor]  # per-sample tensors, first dimension = sample
 class Backbone(ABC):
     """A frozen pipeline around one trainable trunk.
 
-    The trunk is what DeepSpeed shards; autoencoder and text encoders stay outside, frozen, in float32. Shapes below:
+    The trunk is what DeepSpeed shards; autoencoder and text encoders stay outside, frozen. Shapes below:
     B samples, C x H x W latents, N image tokens of width D.
     """
 
@@ -26,6 +26,7 @@ class Backbone(ABC):
     trunk_name = "transformer"  # of the trunk among the pipeline's components
     encoders: list[nn.Module]  # of text; on the CPU but while they encode
     latent_shape: tuple[int, int, int]  # C, H, W
+    resolution: int  # pixels a side of the pictures
     width: int  # D of the default taps
     text_width: int
     depth: int  # number of blocks that can be tapped
@@ -44,8 +45,10 @@ class Backbone(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "Backbone":
-        """Reads a diffusers pipeline folder, in float32. resolution: pixels a side, None is the pipeline's own.
+    def load(
+        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
+    ) -> "Backbone":
+        """Reads a diffusers pipeline folder. resolution: pixels a side, None is its own. dtype: of its parts, by name.
 
         Raises UserError where the family cannot have that resolution.
         """
@@ -61,10 +64,6 @@ class Backbone(ABC):
     def needs_unconditional(self, guidance_scale: float) -> bool:
         """Whether a prediction takes the empty prompt's beside it (classifier-free guidance)."""
         return guidance_scale > 1 and not self.is_guidance_distilled
-
-    def set_attention_backend(self, name: str) -> str:
-        """Which implementation of attention the trunk runs: see `attention.set_attention_backend`."""
-        return set_attention_backend(self.trunk, name)
 
     @abstractmethod
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
@@ -117,12 +116,46 @@ class Backbone(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 [B, height, width, 3] pictures of clean float32 latents."""
 
+    @abstractmethod
+    def lora_targets(self) -> list[str]:
+        """Layers of the trunk that LoRA changes, by the ends of their names."""
+
     def save(self, trunk_state: dict[str, Tensor], folder: Path) -> None:
-        """Writes a complete pipeline folder of the family with the given trunk weights, as safetensors."""
-        trunk = type(self.trunk).from_config(self.trunk.config)
-        trunk.load_state_dict(trunk_state, assign=True)  # with their dtype
+        """Writes a complete pipeline folder of the family with the given trunk weights, as safetensors.
+
+        LoRA's factors are merged into the weights beside them.
+        """
+        trunk = self._merged(trunk_state)
         self.pipe.vae.to(memory_format=torch.contiguous_format)  # safetensors takes no other
         self.with_parts(**{self.trunk_name: trunk}).save_pretrained(folder)
+        self.pipe.vae.to(memory_format=torch.channels_last)
+
+    def save_trunk(self, trunk_state: dict[str, Tensor], folder: Path) -> None:
+        """Writes a trunk alone, LoRA merged, for `from_pretrained` of its class."""
+        self._merged(trunk_state).save_pretrained(folder)
+
+    def save_lora(self, trunk_state: dict[str, Tensor], folder: Path) -> None:
+        """Writes LoRA's factors alone, for `load_lora_weights` of the stock pipeline, with their rank and alpha."""
+        trunk = self._trunk_of(trunk_state)
+        layers = get_peft_model_state_dict(trunk)
+        about = {f"{self.trunk_name}_lora_adapter_metadata": trunk.peft_config["default"].to_dict()}
+        type(self.pipe).save_lora_weights(folder, **{f"{self.trunk_name}_lora_layers": layers}, **about)
+
+    def _merged(self, trunk_state: dict[str, Tensor]) -> nn.Module:
+        trunk = self._trunk_of(trunk_state)
+        if hasattr(trunk, "peft_config"):
+            trunk.fuse_lora()
+            trunk.unload_lora()
+        return trunk
+
+    def _trunk_of(self, state: dict[str, Tensor]) -> nn.Module:
+        """A trunk with these weights, of their dtype."""
+        with torch.device("meta"):
+            trunk = type(self.trunk).from_config(self.trunk.config)
+            if hasattr(self.trunk, "peft_config"):
+                trunk.add_adapter(self.trunk.peft_config["default"])
+        trunk.load_state_dict(state, assign=True)
+        return trunk
 
     def with_parts(self, **parts) -> DiffusionPipeline:
         """A stock pipeline of these components; the others and its options are as they are here."""

@@ -9,6 +9,7 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..transitions import Schedule
 from .base import Backbone, Conditioning, as_uint8, flow_schedule, latent_side
 
@@ -21,11 +22,13 @@ class FluxBackbone(Backbone):
 
     def __init__(self, pipe: FluxPipeline, max_sequence_length: int, resolution: int | None = None):
         super().__init__(pipe)
+        if not max_sequence_length:
+            raise UserError("model.max_sequence_length = 0: FLUX.1 needs T5's tokens; diffusers' default is 512")
         self.max_sequence_length = max_sequence_length
         config = self.trunk.config
         self.is_guidance_distilled = config.guidance_embeds
         side = latent_side(resolution, pipe.vae_scale_factor, 2) if resolution else pipe.default_sample_size
-        self.latent_shape = (config.in_channels // 4, side, side)
+        self.latent_shape, self.resolution = (config.in_channels // 4, side, side), side * pipe.vae_scale_factor
         self.width = config.num_attention_heads * config.attention_head_dim
         self.text_width = config.pooled_projection_dim
         self.depth = config.num_layers + config.num_single_layers
@@ -33,8 +36,10 @@ class FluxBackbone(Backbone):
         self._image_ids = pipe._prepare_latent_image_ids(1, side // 2, side // 2, torch.device("cpu"), torch.float32)
 
     @classmethod
-    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "FluxBackbone":
-        return cls(FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32), max_sequence_length, resolution)
+    def load(
+        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
+    ) -> "FluxBackbone":
+        return cls(FluxPipeline.from_pretrained(folder, torch_dtype=dtype), max_sequence_length, resolution)
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -77,7 +82,7 @@ class FluxBackbone(Backbone):
         tokens = FluxPipeline._pack_latents(latents, count, channels, height, width)
         prediction = trunk(
             hidden_states=tokens,
-            timestep=timesteps / 1000,
+            timestep=timesteps.to(latents.dtype) / 1000,  # rounded as the stock pipeline does
             guidance=timesteps.new_full((count,), guidance_scale) if self.is_guidance_distilled else None,
             pooled_projections=conditioning["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
@@ -94,6 +99,22 @@ class FluxBackbone(Backbone):
 
     def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
         return [*trunk.transformer_blocks, *trunk.single_transformer_blocks][index], 1  # (text tokens, image tokens)
+
+    def lora_targets(self) -> list[str]:
+        return [
+            "attn.to_q",
+            "attn.to_k",
+            "attn.to_v",
+            "attn.to_out.0",
+            "attn.add_q_proj",
+            "attn.add_k_proj",
+            "attn.add_v_proj",
+            "attn.to_add_out",
+            "ff.net.0.proj",
+            "ff.net.2",
+            "ff_context.net.0.proj",
+            "ff_context.net.2",
+        ]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..transitions import Schedule
 from .base import Backbone, Conditioning, as_uint8, flow_schedule, latent_side
 
@@ -16,15 +17,18 @@ from .base import Backbone, Conditioning, as_uint8, flow_schedule, latent_side
 class Flux2Backbone(Backbone):
     """The blocks are the double-stream ones, then the single-stream ones. Latents are patches already: one token each.
 
-    The step-distilled models are to be sampled at guidance 1, as the stock pipeline does whatever it is told.
+    The step-distilled models have no guidance, whatever they are told, as in the stock pipeline.
     """
 
     def __init__(self, pipe: Flux2KleinPipeline, max_sequence_length: int, resolution: int | None = None):
         super().__init__(pipe)
+        if not max_sequence_length:
+            raise UserError("model.max_sequence_length = 0: FLUX.2 needs Qwen3's tokens; diffusers' default is 512")
         self.max_sequence_length = max_sequence_length
+        self.is_guidance_distilled = pipe.config.is_distilled
         config = self.trunk.config
-        pixels = resolution or pipe.default_sample_size * pipe.vae_scale_factor
-        side = latent_side(pixels, pipe.vae_scale_factor, 2) // 2
+        self.resolution = resolution or pipe.default_sample_size * pipe.vae_scale_factor
+        side = latent_side(self.resolution, pipe.vae_scale_factor, 2) // 2
         self.latent_shape = (config.in_channels, side, side)
         self.width = config.num_attention_heads * config.attention_head_dim
         self.text_width = config.joint_attention_dim
@@ -33,8 +37,10 @@ class Flux2Backbone(Backbone):
         self._image_ids = pipe._prepare_latent_ids(torch.empty(1, *self.latent_shape))[0]
 
     @classmethod
-    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "Flux2Backbone":
-        pipe = Flux2KleinPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    def load(
+        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
+    ) -> "Flux2Backbone":
+        pipe = Flux2KleinPipeline.from_pretrained(folder, torch_dtype=dtype)
         return cls(pipe, max_sequence_length, resolution)
 
     def to(self, device: torch.device) -> None:
@@ -79,7 +85,7 @@ class Flux2Backbone(Backbone):
         text_ids[:, 3] = torch.arange(embeds.shape[1], device=latents.device)
         prediction = trunk(
             hidden_states=latents.flatten(2).transpose(1, 2),
-            timestep=timesteps / 1000,
+            timestep=timesteps.to(latents.dtype) / 1000,  # rounded as the stock pipeline does
             encoder_hidden_states=embeds,
             txt_ids=text_ids,
             img_ids=self._image_ids,
@@ -96,6 +102,10 @@ class Flux2Backbone(Backbone):
 
     def tokens(self, features: Tensor) -> Tensor:
         return features[:, -len(self._image_ids) :]
+
+    def lora_targets(self) -> list[str]:
+        single = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(self.trunk.config.num_single_layers)]
+        return ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj", *single]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class SD3Backbone(Backbone):
                 f"{config.patch_size * config.pos_embed_max_size * pipe.vae_scale_factor}, "
                 "which this model's table of positions holds"
             )
-        self.latent_shape = (config.in_channels, side, side)
+        self.latent_shape, self.resolution = (config.in_channels, side, side), side * pipe.vae_scale_factor
         self.width = config.num_attention_heads * config.attention_head_dim
         self.text_width = config.pooled_projection_dim
         self.depth = config.num_layers
@@ -36,8 +36,10 @@ class SD3Backbone(Backbone):
         self.encoders = [encoder for encoder in encoders if encoder is not None]
 
     @classmethod
-    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "SD3Backbone":
-        pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    def load(
+        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
+    ) -> "SD3Backbone":
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype)
         return cls(pipe, max_sequence_length, resolution)
 
     def fuse(self) -> None:
@@ -89,6 +91,18 @@ class SD3Backbone(Backbone):
 
     def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
         return trunk.transformer_blocks[index], 1  # a joint block returns (text tokens, image tokens)
+
+    def lora_targets(self) -> list[str]:
+        return [
+            "attn.to_q",
+            "attn.to_k",
+            "attn.to_v",
+            "attn.to_out.0",
+            "attn.add_q_proj",
+            "attn.add_k_proj",
+            "attn.add_v_proj",
+            "attn.to_add_out",
+        ]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -14,18 +14,22 @@ from .unet import UNetBackbone
 class SDXLBackbone(UNetBackbone):
     """A UNet with two text encoders and the picture's size as a condition (down 0-2, mid 3, up 4-6)."""
 
+    steps_offset = None  # its stock pipeline leaves the scheduler's
+
     def __init__(self, pipe: StableDiffusionXLPipeline, resolution: int | None = None):
         super().__init__(pipe, resolution)
         self.encoders = [pipe.text_encoder, pipe.text_encoder_2]
         self.text_width = pipe.text_encoder_2.config.projection_dim
-        size = (self.latent_shape[1] * pipe.vae_scale_factor,) * 2
+        size = (self.resolution, self.resolution)
         # As the stock pipeline says it: a picture of that size, not scaled, not cropped.
         self._time_ids = pipe._get_add_time_ids(size, (0, 0), size, torch.float32, self.text_width)
 
     @classmethod
-    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "SDXLBackbone":
+    def load(
+        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
+    ) -> "SDXLBackbone":
         """Prompts have the tokenizers' own length: max_sequence_length is T5's."""
-        pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32, add_watermarker=False)
+        pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False)
         return cls(pipe, resolution)
 
     @torch.no_grad()

@@ -16,26 +16,29 @@ class UNetBackbone(Backbone):
     """The blocks are numbered as the UNet runs them: down, mid, up (SD1.x and SD2.x: 0-3, 4, 5-8)."""
 
     trunk_name = "unet"
+    steps_offset: int | None = 1  # of the timesteps, as the stock pipeline has it in any scheduler; None: as it is
 
     def __init__(self, pipe: DiffusionPipeline, resolution: int | None = None):
         super().__init__(pipe)
         self.encoders = [pipe.text_encoder]
         config = self.trunk.config
         side = latent_side(resolution, pipe.vae_scale_factor) if resolution else config.sample_size
-        self.latent_shape = (config.in_channels, side, side)
+        self.latent_shape, self.resolution = (config.in_channels, side, side), side * pipe.vae_scale_factor
         channels = config.block_out_channels
         self._widths = [*channels, channels[-1], *reversed(channels)]
         self.width = channels[-1]
         self.depth = len(self._widths)
         self.text_width = pipe.text_encoder.config.hidden_size
-        self._scheduler = _ddim(pipe.scheduler)
+        self._scheduler = _ddim(pipe.scheduler, self.steps_offset)
 
     @classmethod
-    def load(cls, folder: Path, max_sequence_length: int, resolution: int | None) -> "UNetBackbone":
+    def load(
+        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
+    ) -> "UNetBackbone":
         """Without the safety checker. Prompts have the tokenizer's own length: max_sequence_length is T5's."""
         pipe = StableDiffusionPipeline.from_pretrained(
             folder,
-            torch_dtype=torch.float32,
+            torch_dtype=dtype,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -111,21 +114,25 @@ class UNetBackbone(Backbone):
         arXiv 2306.03881). In SD1.x and SD2.x: 4, 5 and 6, of 1280 channels."""
         return [index for index in range(self.depth // 2, self.depth) if self._widths[index] == self.width]
 
+    def lora_targets(self) -> list[str]:
+        return ["to_q", "to_k", "to_v", "to_out.0"]
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
         return as_uint8(vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample)
 
 
-def _ddim(found: SchedulerMixin) -> DDIMScheduler:
+def _ddim(found: SchedulerMixin, steps_offset: int | None) -> DDIMScheduler:
     """DDIM over the noise levels and timesteps of a pipeline's scheduler, of whatever kind that is."""
     if "beta_schedule" not in found.config:
         raise UserError(
             f"model.pretrained: its scheduler is {type(found).__name__}, whose noise levels are not Stable Diffusion's "
             "(no beta_schedule), and DDIM has none for them"
         )
-    # As StableDiffusionPipeline has it in any scheduler: an offset of 1, and no clip_sample, which we never do.
-    scheduler = DDIMScheduler.from_config(found.config, steps_offset=1)
+    # Its clip_sample does not matter: we never do that.
+    changes = {} if steps_offset is None else {"steps_offset": steps_offset}
+    scheduler = DDIMScheduler.from_config(found.config, **changes)
     if scheduler.config.thresholding:
         raise UserError(
             "model.pretrained: its scheduler has thresholding = true, which has no likelihood; it is not meant for "

@@ -62,7 +62,7 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=8,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
-        block_out_channels=(64, 112),
+        block_out_channels=(48, 80),
         layers_per_block=1,
         attention_head_dim=4,  # the number of heads, in fact
         cross_attention_dim=96,

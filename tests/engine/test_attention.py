@@ -256,7 +256,7 @@ def test_fusing_and_unfusing_keep_the_choice(first):
 
 def test_a_copy_of_the_actor_critic_keeps_it(tiny_config, tiny_model):
     model = tiny_model(tiny_config())
-    assert model.backbone.set_attention_backend("_native_math") == "_native_math, as asked"
+    assert set_attention_backend(model.trunk, "_native_math") == "_native_math, as asked"
     twin = copy.deepcopy(model)
     for trunk in (model.trunk, twin.trunk):
         chosen = {module.processor._attention_backend for module in trunk.modules() if isinstance(module, Attention)}

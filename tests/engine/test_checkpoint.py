@@ -25,13 +25,13 @@ STATE = {"mean": torch.tensor([0.25, -1.5], dtype=torch.float64), "count": torch
 class Engine:
     """Writes and reads one file as DeepSpeed's engine does many."""
 
-    weights = 0.0
+    weights, policy_parameters = 0.0, ()
 
-    def save_checkpoint(self, folder, tag, save_latest):
+    def save_checkpoint(self, folder, tag, save_latest, exclude_frozen_parameters):
         assert not save_latest  # a file that names the newest would be wrong after a kill
         torch.save(self.weights, f"{folder}/{tag}/weights.pt")
 
-    def load_checkpoint(self, folder, tag):
+    def load_checkpoint(self, folder, tag, load_module_strict):
         self.weights = torch.load(f"{folder}/{tag}/weights.pt")
 
 
@@ -60,9 +60,19 @@ def test_roundtrip(store, engine):
         "run_state.safetensors",
         "weights.pt",
     ]
-    found = store.load(engine, 0)
-    assert engine.weights == 0.5
+    found, here = store.load(engine, 0)
+    assert engine.weights == 0.5 and here == {}
     assert found.keys() == STATE.keys() and all(torch.equal(found[name], STATE[name]) for name in STATE)
+
+
+def test_each_rank_has_tensors_of_its_own(tmp_path, engine, world):
+    mine = {"average.0": torch.arange(3.0)}
+    CheckpointStore(tmp_path, world, nn.Linear(2, 3)).save(engine, 4, STATE, mine)
+    assert (tmp_path / "checkpoints/iteration-000004/run_state_rank0.safetensors").is_file()
+    _, here = CheckpointStore(tmp_path, world, nn.Linear(2, 3)).load(engine, 4)
+    assert here.keys() == mine.keys() and torch.equal(here["average.0"], mine["average.0"])
+    other = World(1, 1, CPU)
+    assert CheckpointStore(tmp_path, other, nn.Linear(2, 3)).load(engine, 4)[1] == {}
 
 
 def test_the_newest_two_are_kept_by_number(store, engine):
@@ -79,7 +89,7 @@ def test_half_written_ones_are_invisible_and_go_with_the_next(store, engine):
     assert store.latest() == 3
     store.save(engine, 9, STATE)
     assert names(store) == ["iteration-000003", "iteration-000009"]
-    assert store.load(engine, 9).keys() == STATE.keys()
+    assert store.load(engine, 9)[0].keys() == STATE.keys()
 
 
 @pytest.mark.parametrize("failing", ["save_checkpoint", "fsync"])

@@ -183,7 +183,8 @@ def test_gradient_norm_is_that_of_what_is_trained(tiny_config, tiny_model, world
         else:
             engine.set_gradient_accumulation_boundary(True)
             engine.backward(loss)
-            found = [sharding.gradient_norm(part, world) for part in (module.trunk, module.critic)]
+            parts = module.policy_parameters, module.critic_parameters
+            found = [sharding.gradient_norm(part, world) for part in parts]
     engine.destroy()
     assert min(norms) > 1e-3
     assert found == pytest.approx(norms, rel=1e-5)  # float32, some hundred roundings deep

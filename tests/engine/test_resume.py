@@ -34,7 +34,11 @@ def checkpoints(run_dir: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def story(tiny_pipeline, tmp_path_factory) -> Story:
     folder = tmp_path_factory.mktemp("resume")
-    config = tiny_runs.run_config(tiny_pipeline, optimizer={"policy_lr": 1e-4, "lr_scheduler": "linear"})
+    config = tiny_runs.run_config(
+        tiny_pipeline,
+        optimizer={"policy_lr": 1e-4, "lr_scheduler": "linear"},
+        training={"ema_decay": 0.5},
+    )
     through = tiny_runs.train(tiny_runs.prepare(folder / "through", config))
     killed = tiny_runs.prepare(folder / "killed", config)
     story = Story(folder / "through" / "run", killed / "run")
@@ -115,6 +119,7 @@ def test_resumed_weights_and_moments_are_bit_equal(story, part):
     "name",
     [
         "checkpoints/iteration-000004/run_state.safetensors",  # reward statistics
+        "checkpoints/iteration-000004/run_state_rank0.safetensors",  # the weights' running average
         "pipeline/transformer/diffusion_pytorch_model.safetensors",
         "evaluations/iteration-000002.json",
         "evaluations/iteration-000004.json",

@@ -321,7 +321,7 @@ def test_value_pretraining_teaches_the_critic_and_leaves_the_policy_alone(tiny_p
         evaluation={"num_prompts": 32},
     )
     trainer = Trainer(Config.model_validate_json(json.dumps(config)), world, tmp_path / "run")
-    policy = gather_state(trainer.model.trunk, world)
+    policy = gather_state(trainer.model.trunk)
     before = trainer.evaluator(trainer.rollout, trainer.standardizer)
     rows = [trainer.iterate(iteration) for iteration in range(4)]
     trainer.refresh()
@@ -329,7 +329,7 @@ def test_value_pretraining_teaches_the_critic_and_leaves_the_policy_alone(tiny_p
 
     assert {row["phase"] for row in rows} == {"value_pretraining"}
     assert all("policy_loss" not in row and row["value_loss"] > 0 for row in rows)
-    now = gather_state(trainer.model.trunk, world)
+    now = gather_state(trainer.model.trunk)
     assert all(torch.equal(now[name], policy[name]) for name in policy)
     assert torch.equal(after.images, before.images) and torch.equal(after.scores, before.scores)
 

@@ -493,7 +493,7 @@ def test_training_under_zero3_equals_plain_pytorch(
             engine.step()
             optimizer.step()
             optimizer.zero_grad()  # to None: what has no gradient rests
-        found = gather_state(model, world)
+        found = gather_state(model)
     finally:
         engine.destroy()
     assert found.keys() == start.keys()

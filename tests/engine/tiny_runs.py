@@ -248,12 +248,12 @@ def train_and_look(config: dict, plain: bool) -> None:
     world = sharding.init_distributed()
     run = trainer.Trainer(Config.model_validate_json(json.dumps(config)), world, Path("run"))
     drawn = run.sample(0, Scoring(run.backbone, run.rewards))
-    seen = {"initial": sharding.gather_state(run.model, world), "rollout": drawn.latents, "rows": []}
+    seen = {"initial": sharding.gather_state(run.model), "rollout": drawn.latents, "rows": []}
     copy = run.rollout.models[0]
     places = [parameter.data_ptr() for parameter in copy.parameters()]
     for iteration in range(config["training"]["value_pretraining_iterations"] + config["training"]["iterations"]):
         seen["rows"].append(run.iterate(iteration))
-    seen["final"] = sharding.gather_state(run.model, world)
+    seen["final"] = sharding.gather_state(run.model)
     run.refresh()
     seen["copy"] = {name: tensor.clone() for name, tensor in copy.named_parameters()}
     seen["copy stayed"] = places == [parameter.data_ptr() for parameter in copy.parameters()]
@@ -262,13 +262,38 @@ def train_and_look(config: dict, plain: bool) -> None:
         parameters = dict(run.model.named_parameters())
         seen["shards"] = {n: (p.ds_numel, p.ds_tensor.numel(), p.numel()) for n, p in parameters.items()}
         run.run_dir.mkdir(exist_ok=True)
-        export(run.run_dir, run.model, world)
+        export(run.run_dir, run.model, run.config, run.run_dir)
         prompts = run.sampler.prompts[:2]
         ode = run.backbone.schedule("ode", 0.0, 4)
         seen["ode"] = run.rollout(prompts, torch.arange(2), schedule=ode, seed=7).latents
         seen["pictures"] = run.backbone.decode(seen["ode"][:, -1])
         seen["prompts"] = [prompt.text for prompt in prompts]
     torch.save(seen, f"seen-{world.rank}.pt")
+
+
+def train_and_export(config: dict) -> None:
+    """Two PPO iterations and the export; seen-0.pt has the metrics, and float pictures of the trained model."""
+    import torch
+
+    from latent_critic.engine import sharding, trainer
+    from latent_critic.engine.checkpoint import export
+    from latent_critic.engine.config import Config
+
+    world = sharding.init_distributed()
+    run = trainer.Trainer(Config.model_validate_json(json.dumps(config)), world, Path("run"))
+    seen = {"rows": [run.iterate(iteration) for iteration in range(2)]}
+    run.run_dir.mkdir(exist_ok=True)
+    export(run.run_dir, run.model, run.config, run.run_dir)
+    run.refresh()
+    prompts, ode = run.sampler.prompts[:2], run.backbone.schedule("ode", 0.0, 3)
+    drawn = run.rollout(prompts, torch.arange(2), schedule=ode, seed=7)
+    decoded = []
+    run.backbone.pipe.vae.decoder.register_forward_hook(lambda _decoder, _inputs, output: decoded.append(output))
+    run.backbone.decode(drawn.latents[:, -1])
+    seen["pictures"] = (decoded[0] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    seen["prompts"] = [prompt.text for prompt in prompts]
+    if world.is_main:
+        torch.save(seen, "seen-0.pt")
 
 
 class PlainEngine:

@@ -1,0 +1,89 @@
+"""Draws pictures from a base model, or from a run as its evaluations do, into one grid:
+
+    python engine/sample.py --run runs/zero3_dit
+    python engine/sample.py --model stabilityai/stable-diffusion-3.5-medium --count 4 "a red fox in the snow"
+
+A run is drawn with its evaluation's sampler, steps, guidance and seed, and unless you give prompts they are the
+evaluation's, so that the pictures are too. A base model, or a run with --stock, is drawn by the stock pipeline with its
+own scheduler and defaults.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="FOLDER", help="a run folder")
+    source.add_argument("--model", help="tiny-dit, tiny-unet, a diffusers folder or a hub id")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("--prompts_from", metavar="SOURCE", help="as prompts.eval of a run: scenes:held-out, or a file")
+    parser.add_argument(
+        "--count", type=int, help="pictures; prompts are repeated or cut to it (default: 16, or one each)"
+    )
+    parser.add_argument("--stock", action="store_true", help="draw a run by the stock pipeline, as a base model is")
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--resolution", type=int, help="pixels a side")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="default: samples.png")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    from latent_critic.engine import launch
+
+    launch.quiet()
+    with launch.user_errors():
+        draw(args)
+
+
+def draw(args: argparse.Namespace) -> None:
+    # After the arguments, so that --help and their mistakes answer at once.
+    import torch
+    from diffusers.utils.logging import disable_progress_bar
+
+    from latent_critic.engine.backbones import load_backbone
+    from latent_critic.engine.drawing import draw_as_evaluated, draw_by_stock_pipeline
+    from latent_critic.engine.errors import UserError
+    from latent_critic.engine.prompts import load_prompts
+    from latent_critic.engine.reports import save_grid
+    from latent_critic.engine.saved_run import SavedRun
+    from latent_critic.engine.sharding import resolve_dtype
+
+    disable_progress_bar()  # of loading
+    if args.batch_size < 1 or (args.count is not None and args.count < 1):
+        raise UserError("--count and --batch_size take 1 or more")
+    if not args.output.absolute().parent.is_dir():
+        raise UserError(f"--output {args.output}: its folder does not exist")
+    run = SavedRun(args.run) if args.run else None
+    texts = args.prompts
+    if not texts:
+        source = args.prompts_from or (run.config.prompts.eval if run else None)
+        if source is None:
+            raise UserError("give one prompt or more, or --prompts_from with a file of them")
+        texts = [prompt.text for prompt in load_prompts(source)]
+    count = args.count or (len(args.prompts) or 16)
+    texts = [texts[i % len(texts)] for i in range(count)]
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(run.config.model.dtype if run else "auto", device)
+    backbone = run.backbone(dtype, args.resolution) if run else load_backbone(args.model, 512, args.resolution, dtype)
+    chosen = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if run and not args.stock:
+        evaluated = {
+            name: getattr(run.config.evaluation, name) for name in ("num_inference_steps", "guidance_scale", "seed")
+        }
+        images = draw_as_evaluated(backbone, texts, device, batch_size=args.batch_size, **(evaluated | chosen))
+    else:
+        images = draw_by_stock_pipeline(backbone, texts, device, batch_size=args.batch_size, **({"seed": 0} | chosen))
+    save_grid(images, texts, args.output)
+    print(f"{count} pictures: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

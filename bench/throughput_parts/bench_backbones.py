@@ -37,7 +37,7 @@ class _RandomConditioning:
     """A text's conditioning is random: it has the right shape, and that is all that time depends on."""
 
     def __init__(self, pipe, name: str, latent_side: int):
-        super().__init__(pipe, *(() if isinstance(self, UNetBackbone) else (0,)))
+        super().__init__(pipe, 0)
         self.encoders = []
         self.latent_shape = (self.trunk.config.in_channels, latent_side, latent_side)
         self._name = name

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,7 +23,8 @@ class Backbone(ABC):
     B samples, C x H x W latents, N image tokens of width D.
     """
 
-    pipe: DiffusionPipeline
+    pipeline: type[DiffusionPipeline]  # the family's, in diffusers
+    load_options: dict[str, Any] = {}
     trunk_name = "transformer"  # of the trunk among the pipeline's components
     encoders: list[nn.Module]  # of text; on the CPU but while they encode
     latent_shape: tuple[int, int, int]  # C, H, W
@@ -33,9 +35,9 @@ class Backbone(ABC):
     # The trunk takes the guidance scale as an input and needs no unconditional branch (FLUX.1-dev).
     is_guidance_distilled = False
 
-    def __init__(self, pipe: DiffusionPipeline):
-        """Freezes all but the trunk."""
-        self.pipe = pipe
+    def __init__(self, pipe: DiffusionPipeline, max_sequence_length: int):
+        """Freezes all but the trunk. max_sequence_length: of prompts, where the family lets one choose (T5's)."""
+        self.pipe, self.max_sequence_length = pipe, max_sequence_length
         self.trunk = pipe.components[self.trunk_name]
         for part in pipe.components.values():
             if isinstance(part, nn.Module) and part is not self.trunk:
@@ -44,7 +46,6 @@ class Backbone(ABC):
         pipe.set_progress_bar_config(disable=True)
 
     @classmethod
-    @abstractmethod
     def load(
         cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
     ) -> "Backbone":
@@ -52,6 +53,8 @@ class Backbone(ABC):
 
         Raises UserError where the family cannot have that resolution.
         """
+        pipe = cls.pipeline.from_pretrained(folder, torch_dtype=dtype, **cls.load_options)
+        return cls(pipe, max_sequence_length, resolution)
 
     def to(self, device: torch.device) -> None:
         """Moves the autoencoder; the trunk moves with the actor-critic, the encoders when they are needed."""
@@ -68,6 +71,10 @@ class Backbone(ABC):
     @abstractmethod
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
         """Conditioning of B prompts, as the family's own pipeline computes it at guidance 1."""
+
+    @abstractmethod
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one prompt's conditioning, known without encoding one."""
 
     @abstractmethod
     def pooled_text(self, conditioning: Conditioning) -> Tensor:

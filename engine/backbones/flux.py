@@ -1,7 +1,6 @@
 """FLUX.1 (dev and schnell): `FluxPipeline` folders. Flow matching on latents that the transformer takes as tokens."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +19,12 @@ class FluxBackbone(Backbone):
     FLUX.1-dev is guidance-distilled: the guidance scale is an input, and there is no unconditional branch.
     """
 
+    pipeline = FluxPipeline
+
     def __init__(self, pipe: FluxPipeline, max_sequence_length: int, resolution: int | None = None):
-        super().__init__(pipe)
+        super().__init__(pipe, max_sequence_length)
         if not max_sequence_length:
             raise UserError("model.max_sequence_length = 0: FLUX.1 needs T5's tokens; diffusers' default is 512")
-        self.max_sequence_length = max_sequence_length
         config = self.trunk.config
         self.is_guidance_distilled = config.guidance_embeds
         side = latent_side(resolution, pipe.vae_scale_factor, 2) if resolution else pipe.default_sample_size
@@ -34,12 +34,6 @@ class FluxBackbone(Backbone):
         self.depth = config.num_layers + config.num_single_layers
         self.encoders = [pipe.text_encoder, pipe.text_encoder_2]
         self._image_ids = pipe._prepare_latent_image_ids(1, side // 2, side // 2, torch.device("cpu"), torch.float32)
-
-    @classmethod
-    def load(
-        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
-    ) -> "FluxBackbone":
-        return cls(FluxPipeline.from_pretrained(folder, torch_dtype=dtype), max_sequence_length, resolution)
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -51,6 +45,13 @@ class FluxBackbone(Backbone):
             list(texts), None, self.encoders[0].device, max_sequence_length=self.max_sequence_length
         )
         return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.trunk.config
+        return {
+            "prompt_embeds": (self.max_sequence_length, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     def pooled_text(self, conditioning: Conditioning) -> Tensor:
         return conditioning["pooled_prompt_embeds"]

@@ -1,7 +1,6 @@
 """FLUX.2 klein (4B and 9B, base and step-distilled): `Flux2KleinPipeline` folders."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +19,12 @@ class Flux2Backbone(Backbone):
     The step-distilled models have no guidance, whatever they are told, as in the stock pipeline.
     """
 
+    pipeline = Flux2KleinPipeline
+
     def __init__(self, pipe: Flux2KleinPipeline, max_sequence_length: int, resolution: int | None = None):
-        super().__init__(pipe)
+        super().__init__(pipe, max_sequence_length)
         if not max_sequence_length:
             raise UserError("model.max_sequence_length = 0: FLUX.2 needs Qwen3's tokens; diffusers' default is 512")
-        self.max_sequence_length = max_sequence_length
         self.is_guidance_distilled = pipe.config.is_distilled
         config = self.trunk.config
         self.resolution = resolution or pipe.default_sample_size * pipe.vae_scale_factor
@@ -35,13 +35,6 @@ class Flux2Backbone(Backbone):
         self.depth = config.num_layers + config.num_single_layers
         self.encoders = [pipe.text_encoder]
         self._image_ids = pipe._prepare_latent_ids(torch.empty(1, *self.latent_shape))[0]
-
-    @classmethod
-    def load(
-        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
-    ) -> "Flux2Backbone":
-        pipe = Flux2KleinPipeline.from_pretrained(folder, torch_dtype=dtype)
-        return cls(pipe, max_sequence_length, resolution)
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -60,6 +53,10 @@ class Flux2Backbone(Backbone):
             )
         embeds, mask = embeds.float(), masks[0][..., None]
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": (embeds * mask).sum(1) / mask.sum(1)}
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        width = self.trunk.config.joint_attention_dim
+        return {"prompt_embeds": (self.max_sequence_length, width), "pooled_prompt_embeds": (width,)}
 
     def pooled_text(self, conditioning: Conditioning) -> Tensor:
         return conditioning["pooled_prompt_embeds"]

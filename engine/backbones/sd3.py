@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and 3.5: `StableDiffusion3Pipeline` folders."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -15,9 +14,10 @@ from .sd3_fused import fuse
 
 
 class SD3Backbone(Backbone):
+    pipeline = StableDiffusion3Pipeline
+
     def __init__(self, pipe: StableDiffusion3Pipeline, max_sequence_length: int, resolution: int | None = None):
-        super().__init__(pipe)
-        self.max_sequence_length = max_sequence_length
+        super().__init__(pipe, max_sequence_length)
         without_t5 = {} if max_sequence_length else {"text_encoder_3": None, "tokenizer_3": None}
         self._prompt_encoder = self.with_parts(**without_t5)
         config = self.trunk.config
@@ -35,13 +35,6 @@ class SD3Backbone(Backbone):
         encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3 if max_sequence_length else None)
         self.encoders = [encoder for encoder in encoders if encoder is not None]
 
-    @classmethod
-    def load(
-        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
-    ) -> "SD3Backbone":
-        pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype)
-        return cls(pipe, max_sequence_length, resolution)
-
     def fuse(self) -> None:
         fuse(self.trunk)
 
@@ -56,6 +49,14 @@ class SD3Backbone(Backbone):
             max_sequence_length=self.max_sequence_length,
         )
         return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.trunk.config
+        tokens = self.pipe.tokenizer_max_length + self.max_sequence_length  # CLIP's and T5's
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     def pooled_text(self, conditioning: Conditioning) -> Tensor:
         return conditioning["pooled_prompt_embeds"]

@@ -1,7 +1,6 @@
 """Stable Diffusion XL: `StableDiffusionXLPipeline` folders."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -14,23 +13,17 @@ from .unet import UNetBackbone
 class SDXLBackbone(UNetBackbone):
     """A UNet with two text encoders and the picture's size as a condition (down 0-2, mid 3, up 4-6)."""
 
+    pipeline = StableDiffusionXLPipeline
+    load_options = {"add_watermarker": False}
     steps_offset = None  # its stock pipeline leaves the scheduler's
 
-    def __init__(self, pipe: StableDiffusionXLPipeline, resolution: int | None = None):
-        super().__init__(pipe, resolution)
+    def __init__(self, pipe: StableDiffusionXLPipeline, max_sequence_length: int = 0, resolution: int | None = None):
+        super().__init__(pipe, max_sequence_length, resolution)
         self.encoders = [pipe.text_encoder, pipe.text_encoder_2]
         self.text_width = pipe.text_encoder_2.config.projection_dim
         size = (self.resolution, self.resolution)
         # As the stock pipeline says it: a picture of that size, not scaled, not cropped.
         self._time_ids = pipe._get_add_time_ids(size, (0, 0), size, torch.float32, self.text_width)
-
-    @classmethod
-    def load(
-        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
-    ) -> "SDXLBackbone":
-        """Prompts have the tokenizers' own length: max_sequence_length is T5's."""
-        pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False)
-        return cls(pipe, resolution)
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
@@ -44,6 +37,9 @@ class SDXLBackbone(UNetBackbone):
             embeds, pooled = embeds * kept[:, None, None], pooled * kept[:, None]
         time_ids = self._time_ids.to(pooled.device).expand(len(texts), -1)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": time_ids}
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().conditioning_shapes(), "time_ids": (self._time_ids.shape[1],)}
 
     def predict(
         self,

@@ -1,7 +1,6 @@
 """Stable Diffusion 1.x and 2.x: `StableDiffusionPipeline` folders."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
@@ -15,11 +14,14 @@ from .base import Backbone, Conditioning, as_uint8, latent_side
 class UNetBackbone(Backbone):
     """The blocks are numbered as the UNet runs them: down, mid, up (SD1.x and SD2.x: 0-3, 4, 5-8)."""
 
+    pipeline = StableDiffusionPipeline
+    load_options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     trunk_name = "unet"
     steps_offset: int | None = 1  # of the timesteps, as the stock pipeline has it in any scheduler; None: as it is
 
-    def __init__(self, pipe: DiffusionPipeline, resolution: int | None = None):
-        super().__init__(pipe)
+    def __init__(self, pipe: DiffusionPipeline, max_sequence_length: int = 0, resolution: int | None = None):
+        """Prompts have the tokenizer's own length, whatever max_sequence_length is."""
+        super().__init__(pipe, max_sequence_length)
         self.encoders = [pipe.text_encoder]
         config = self.trunk.config
         side = latent_side(resolution, pipe.vae_scale_factor) if resolution else config.sample_size
@@ -31,20 +33,6 @@ class UNetBackbone(Backbone):
         self.text_width = pipe.text_encoder.config.hidden_size
         self._scheduler = _ddim(pipe.scheduler, self.steps_offset)
 
-    @classmethod
-    def load(
-        cls, folder: Path, max_sequence_length: int, resolution: int | None, dtype: dict[str, torch.dtype]
-    ) -> "UNetBackbone":
-        """Without the safety checker. Prompts have the tokenizer's own length: max_sequence_length is T5's."""
-        pipe = StableDiffusionPipeline.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        return cls(pipe, resolution)
-
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
         """The pooled text is CLIP's own: what its text encoder says at the end of the text."""
@@ -54,6 +42,13 @@ class UNetBackbone(Backbone):
         with encoder.register_forward_hook(lambda _encoder, _inputs, output: pooled.append(output.pooler_output)):
             embeds, _ = self.pipe.encode_prompt(list(texts), encoder.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled[0].float()}
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = self.pipe.text_encoder.config.max_position_embeddings
+        return {
+            "prompt_embeds": (tokens, self.trunk.config.cross_attention_dim),
+            "pooled_prompt_embeds": (self.text_width,),
+        }
 
     def pooled_text(self, conditioning: Conditioning) -> Tensor:
         return conditioning["pooled_prompt_embeds"]

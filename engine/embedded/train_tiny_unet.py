@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-dit"), help="drawn scenes, also tiny-dit's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=60_000, help="pictures to draw")
-    parser.add_argument("--steps", type=int, default=3_000, help="few, so that post-training has something to gain")
+    parser.add_argument("--steps", type=int, default=2_400, help="few, so that post-training has something to gain")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--minutes", type=float, default=None, help="end early, decay included")

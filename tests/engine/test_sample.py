@@ -1,0 +1,119 @@
+"""engine/sample.py: a run's own pictures again, stock ones, and messages."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from latent_critic.engine import sample
+from latent_critic.engine.errors import UserError
+
+from . import tiny_runs
+
+TEXTS = ["a red circle", "two blue squares"]
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def run(request, tiny_pipeline, tmp_path_factory):
+    """Folder of a finished run, which keeps a running average of its weights."""
+    model = {"lora": {"rank": 2, "alpha": 6}} if request.param == "lora" else {}
+    config = tiny_runs.run_config(
+        tiny_pipeline,
+        model={"pretrained": str(tiny_pipeline), "max_sequence_length": 0, **model},
+        training={"iterations": 1, "ema_decay": 0.5},
+        optimizer={"policy_lr": 3e-3},
+    )
+    folder = tiny_runs.prepare(tmp_path_factory.mktemp(f"sampled-{request.param}"), config)
+    return tiny_runs.train(folder).finish().folder / "run"
+
+
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """draw(flags) -> what was handed to the grid: pictures and captions."""
+    handed = []
+    save_grid = sample_grid()
+
+    def keep(images, captions, path):
+        handed.append((images, list(captions)))
+        save_grid(images, captions, path)
+
+    def call(*flags):
+        output = tmp_path / "grid.png"
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags), "--output", str(output)])
+        monkeypatch.setattr("latent_critic.engine.reports.save_grid", keep)
+        sample.draw(sample.arguments())
+        with Image.open(output) as grid:
+            grid.load()
+        return handed.pop()
+
+    return call
+
+
+def sample_grid():
+    from latent_critic.engine.reports import save_grid
+
+    return save_grid
+
+
+def test_a_run_is_drawn_as_it_was_evaluated(run, draw):
+    """To the bit, though in batches of another size; by the weights of the last evaluation, not the first."""
+    images, captions = draw("--run", run, "--count", 3, "--batch_size", 2)
+    evaluations = sorted((run / "evaluations").glob("*.npz"))
+    first, last = (np.load(evaluations[i])["images"] for i in (0, -1))
+    assert captions == json.loads(evaluations[-1].with_suffix(".json").read_text())["prompts"]
+    assert np.array_equal(images.numpy(), last) and not np.array_equal(first, last)
+
+
+def test_settings_of_a_run_can_be_changed(run, draw):
+    usual, _ = draw("--run", run, TEXTS[0])
+    for flags in (["--seed", 5], ["--num_inference_steps", 4], ["--guidance_scale", 3]):
+        changed, captions = draw("--run", run, TEXTS[0], *flags)
+        assert captions == TEXTS[:1] and changed.shape == usual.shape and not torch.equal(changed, usual)
+    larger, _ = draw("--run", run, TEXTS[0], "--resolution", 48)
+    assert larger.shape == (1, 48, 48, 3)
+
+
+@pytest.mark.parametrize("flags", [[], ["--num_inference_steps", 3, "--guidance_scale", 1]], ids=["defaults", "chosen"])
+def test_a_base_model_is_drawn_by_the_stock_pipeline(tiny_pipeline, draw, flags):
+    images, captions = draw("--model", tiny_pipeline, *TEXTS, *flags, "--seed", 3)
+    stock = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline)
+    stock.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "guidance_scale": 1.0} if flags else {}
+    generators = [torch.Generator().manual_seed(3 + i) for i in range(2)]
+    expected = np.stack(stock(TEXTS, generator=generators, output_type="pil", **call).images)
+    difference = images.int() - torch.from_numpy(expected).int()
+    # The autoencoder's convolutions in another memory order: a pixel in a thousand may round otherwise.
+    assert difference.abs().max() <= 1 and difference.bool().float().mean() < 5e-3
+    assert captions == TEXTS
+
+
+def test_stock_settings_of_a_run_are_its_pipelines(run, draw):
+    stock, _ = draw("--run", run, "--stock", TEXTS[0], "--num_inference_steps", 2, "--guidance_scale", 1)
+    evaluated, _ = draw("--run", run, TEXTS[0])
+    assert stock.shape == evaluated.shape and not torch.equal(stock, evaluated)  # other noise
+
+
+def test_prompts_are_repeated_or_cut(tiny_pipeline, draw, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    source = ["--model", tiny_pipeline, "--prompts_from", tmp_path / "prompts.txt", "--num_inference_steps", 1]
+    images, captions = draw(*source, "--count", 3)
+    assert captions == [*TEXTS, TEXTS[0]] and not torch.equal(images[0], images[2])
+    assert draw(*source, "--count", 1)[1] == TEXTS[:1]
+
+
+def test_messages(draw, tmp_path, tiny_pipeline, run):
+    with pytest.raises(UserError, match="no run there"):
+        draw("--run", tmp_path)
+    with pytest.raises(UserError, match="give one prompt or more, or --prompts_from"):
+        draw("--model", tiny_pipeline)
+    with pytest.raises(UserError, match="--count and --batch_size take 1 or more"):
+        draw("--model", tiny_pipeline, "a red circle", "--count", 0)
+    with pytest.raises(UserError, match="model.resolution = 60: must be a multiple of 8"):
+        draw("--model", tiny_pipeline, "a red circle", "--resolution", 60)
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    with pytest.raises(UserError, match="the run has not ended, .* python engine/export.py"):
+        draw("--run", tmp_path)

@@ -70,6 +70,19 @@ class ActorCritic(nn.Module):
         parts = (*self.trunks[1:], self.critic)
         return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
+    @property
+    def units(self) -> list[nn.Module]:
+        """What ZeRO-3 gathers and reduces as a whole: blocks, and the critic's head.
+
+        Not the last block that a critic's own trunk is read at: a gradient enters it from inside of its call, and the
+        unit would wait for one from outside.
+        """
+        blocks = [block for trunk in self.trunks for block in self.backbone.blocks(trunk)]
+        if self.critic_trunk is not None:
+            last, _ = self.backbone.tap(self.critic_trunk, max(self.tap_indices))
+            blocks = [block for block in blocks if block is not last]
+        return [*blocks, self.critic]
+
     def __deepcopy__(self, memo: dict) -> "ActorCritic":
         """Weights of its own, the same frozen parts around them."""
         twin = ActorCritic.__new__(ActorCritic)

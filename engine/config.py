@@ -254,7 +254,12 @@ class OptimizerConfig(_Section):
     """AdamW, one parameter group each for policy and critic."""
 
     policy_lr: float = Field(1e-4, gt=0, le=1, description="Learning rate of the policy (SD3.5-M 1e-4, SD1.5 1e-5)")
-    critic_lr: float = Field(1e-3, gt=0, le=1, description="Learning rate of the critic heads, 10x the policy's")
+    critic_lr: float = Field(
+        1e-3,
+        gt=0,
+        le=1,
+        description="Learning rate of the critic, of a trunk of its own too; 10x the policy's for the heads alone",
+    )
     lr_scheduler: Literal["constant", "linear"] = Field(
         "constant", description="`linear`: both rates fall to 0 over the PPO iterations"
     )

@@ -105,7 +105,7 @@ def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpe
         "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": 10**9,
     }
-    make_units([block for trunk in model.trunks for block in model.backbone.blocks(trunk)] + [model.critic])
+    make_units(model.units)
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
     except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from latent_critic.engine.actor_critic import ActorCritic
+from latent_critic.engine.config import CriticConfig, LoRAConfig
 from latent_critic.engine.errors import UserError
+from latent_critic.engine.trainable import choose_trained
 
 STEPS = torch.tensor([900.0, 500.0, 100.0])
 
@@ -120,6 +123,52 @@ def test_policy_loss_reaches_the_trunk_and_not_the_critic(make, trunk):
     assert {"proj_out.weight", "transformer_blocks.0.attn.to_q.weight", "context_embedder.weight"} <= (
         with_gradient(model.trunk)
     )
+
+
+def test_a_trunk_of_its_own_starts_as_the_policys_and_learns_apart(make):
+    shared, inputs = make(trunk="shared-detached")
+    model, _ = make(trunk="separate")
+    assert all(torch.equal(a, b) for a, b in zip(model(*inputs), shared(*inputs), strict=True))
+    assert model.critic_trunk is not model.trunk and len(model.trunks) == 2
+    _, values = model(*inputs)
+    values.square().sum().backward()
+    assert not with_gradient(model.trunk) and len(with_gradient(model.critic_trunk)) > 30
+    assert {id(p) for p in model.policy_parameters} == {id(p) for p in model.trunk.parameters() if p.requires_grad}
+    assert len(model.critic_parameters) == len(model.policy_parameters) + len(list(model.critic.parameters()))
+    with torch.no_grad():
+        for parameter in model.critic_trunk.parameters():
+            parameter += 0.01
+        prediction, moved = model(*inputs)
+    assert torch.equal(prediction, shared(*inputs)[0]) and not torch.equal(moved, values)
+
+
+def test_values_alone_need_no_policy_where_the_critic_has_a_trunk(make):
+    for trunk, is_spared in (("separate", True), ("shared", False)):
+        model, inputs = make(trunk=trunk)
+        calls = []
+        model.trunk.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad():
+            prediction, values = model(*inputs, values_only=True)
+            assert (prediction is None) == is_spared and len(calls) == (0 if is_spared else 1)
+            assert torch.equal(values, model(*inputs)[1])
+
+
+def test_guidance_is_not_for_a_trunk_of_the_critics_own(make):
+    """It reads the prompt alone: the same value with guidance and without."""
+    plain, inputs = make(trunk="separate")
+    guided, _ = make(trunk="separate", guidance=3.0)
+    with torch.no_grad():
+        prediction, values = guided(*inputs, guided.backbone.encode_prompts([""]))
+        expected = plain(*inputs)
+    assert torch.equal(values, expected[1]) and not torch.equal(prediction, expected[0])
+
+
+def test_frozen_weights_are_shared_by_both_trunks(tiny_config, tiny_model):
+    model = tiny_model(tiny_config())
+    choose_trained(model.trunk, LoRAConfig(rank=2), model.backbone.lora_targets(), [])
+    model = ActorCritic(model.backbone, CriticConfig(trunk="separate"), ["a"])
+    mine, theirs = (dict(trunk.named_parameters()) for trunk in model.trunks)
+    assert {name for name in mine if mine[name] is not theirs[name]} == {name for name in mine if ".lora_" in name}
 
 
 @pytest.mark.parametrize("scale", [1.5, 4.0])

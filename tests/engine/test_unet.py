@@ -163,6 +163,7 @@ def test_saved_folder_is_a_stock_pipeline_with_the_given_trunk(tiny_unet_pipelin
     saved.set_progress_bar_config(disable=True)
     expected = with_parts(backbone, scheduler=stock.scheduler, unet=copy.deepcopy(backbone.trunk))
     expected.unet.load_state_dict(trained)
+    expected.vae.to(memory_format=torch.contiguous_format)  # as it was saved
     call = dict(num_inference_steps=3, guidance_scale=1.0, latents=randn(3, 4, 16, 16))
     pictures, same, others = (np.stack(p(TEXTS, output_type="np", **call).images) for p in (saved, expected, stock))
     assert np.array_equal(pictures, same) and not np.allclose(pictures, others, atol=0.05)
@@ -457,7 +458,7 @@ def loss_of(model, trajectory, train_policy):
     return loss
 
 
-@pytest.mark.parametrize("trunk", ["shared-detached", "shared"])
+@pytest.mark.parametrize("trunk", ["shared-detached", "shared", "separate"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_training_under_zero3_equals_plain_pytorch(
     tiny_config, tiny_unet_pipeline, tiny_model, world, trunk, checkpointing
@@ -468,10 +469,10 @@ def test_training_under_zero3_equals_plain_pytorch(
     reference, model = tiny_model(config), tiny_model(config)
     trajectory = sample(reference)
     start = copy.deepcopy(reference.state_dict())
-    if checkpointing:
-        model.trunk.enable_gradient_checkpointing()
-    parts = (reference.trunk, options.policy_lr), (reference.critic, options.critic_lr)
-    groups = [{"params": part.parameters(), "lr": lr} for part, lr in parts]
+    for part in model.trunks if checkpointing else ():
+        part.enable_gradient_checkpointing()
+    parts = (reference.policy_parameters, options.policy_lr), (reference.critic_parameters, options.critic_lr)
+    groups = [{"params": parameters, "lr": lr} for parameters, lr in parts]
     optimizer = torch.optim.AdamW(groups, betas=options.betas, weight_decay=options.weight_decay)
     engine = shard(model, config, world)
     try:
@@ -485,7 +486,7 @@ def test_training_under_zero3_equals_plain_pytorch(
             engine.backward(loss)
             expected_loss.backward()
             for (name, p), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
-                if expected.requires_grad:
+                if expected.grad is not None:
                     # Sums of some thousand float32 products, 2e-6 of the largest, of weights that agree to 1e-6.
                     difference = (safe_get_full_grad(p) - expected.grad).abs().max()
                     assert difference <= 3e-5 * expected.grad.abs().max(), name
@@ -501,7 +502,9 @@ def test_training_under_zero3_equals_plain_pytorch(
         # Adam's steps of 1e-4 (policy) and 1e-3 (critic), on gradients that agree to 3e-5. Where the gradient is
         # rounding noise alone, a step could differ by twice its rate: none is seen.
         assert (found[name] - expected).abs().max() < 1e-5, name
-        assert (found[name] - start[name]).abs().max() > 1e-4, name
+        # A critic's own trunk is not needed beyond the last block that is read.
+        unused = name.startswith(tuple(f"critic_trunk.{part}" for part in ("up_blocks.2", "conv_norm_out", "conv_out")))
+        assert unused or (found[name] - start[name]).abs().max() > 1.5e-5, name
 
 
 def test_an_iteration_of_the_trainer(tiny_config, tiny_unet_pipeline, world, tmp_path):

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,9 +12,10 @@ from .config import Config
 from .sharding import World, resolve_dtype
 
 
-def count(module: nn.Module) -> int:
+def count(module: nn.Module, trained_only: bool = False) -> int:
     """Parameters of a module, sharded or not."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    parameters = (p for p in module.parameters() if p.requires_grad or not trained_only)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 @dataclass(frozen=True)
@@ -93,48 +95,104 @@ def describe_plan(
     attention, weights, rollout_runs: which implementation runs, where the weights that sample are, and how a rollout
     runs, in words. The time is that of the model alone; decoding, rewards and sharding come on top.
     """
-    rollout, training = config.rollout, config.training
     dtype = resolve_dtype(config.model.dtype, world.device)
-    policy, critic = count(model.trunk), count(model.critic)
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    state = (policy + critic) * _state_bytes(dtype, stage, world.size)
-    batches = rollout.samples_per_iteration // (rollout.micro_batch_size * world.size)
+    total, trained, policy = count(model), count(model, trained_only=True), count(model.trunk)
+    stage = zero_stage(config)
+    state = sum(state_bytes(trained, total - trained, dtype, stage, world.size))
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    lines = {
+        "model": describe_model(config, policy, total - policy, dtype),
+        "device": f"{world.size} x {device}, DeepSpeed ZeRO stage {stage}",
+        **describe_work(config, trained_steps),
+        "rollout": f"{rollout_runs}; weights: {weights}",
+        "attention": attention,
+        "memory": f"{state / 2**20:,.0f} MiB of weights, gradients and optimizer, "
+        f"{cost.activations / 2**20:,.0f} MiB of activations, a process",
+        "length": describe_length(config, predict_seconds(config, world.size, trained_steps, cost)),
+    }
+    return align(lines)
+
+
+class StateBytes(NamedTuple):
+    """What training keeps in each process, whatever it computes."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+def state_bytes(trained: int, frozen: int, dtype: torch.dtype, stage: int, processes: int) -> StateBytes:
+    """Of so many parameters: weight, gradient, and AdamW's two float32 moments with a float32 master weight, which ZeRO
+    keeps beside a float32 weight too. Stage 1 shards the last, 2 the gradients too, 3 all. What is frozen is a weight
+    alone."""
+
+    def share(first: int) -> int:
+        """Processes that share what this stage is the first to shard."""
+        return processes if stage >= first else 1
+
+    optimizer = 8 if stage == 0 and dtype == torch.float32 else 12
+    return StateBytes(
+        weights=(trained + frozen) * dtype.itemsize / share(3),
+        gradients=trained * dtype.itemsize / share(2),
+        optimizer=trained * optimizer / share(1),
+    )
+
+
+class Seconds(NamedTuple):
+    """Of a PPO iteration, and of the whole run with its evaluations."""
+
+    iteration: float
+    total: float
+
+
+def predict_seconds(config: Config, processes: int, trained_steps: int, cost: Measurement) -> Seconds:
+    """What the model alone takes; decoding, rewards and sharding come on top."""
+    rollout, training = config.rollout, config.training
+    batches = rollout.samples_per_iteration // (rollout.micro_batch_size * processes)
     steps = rollout.num_inference_steps
     pretraining = batches * steps * (cost.rollout + cost.forward * training.value_pretraining_epochs)
     critic_only = steps * training.critic_epochs
     iteration = batches * (cost.rollout * steps + cost.forward * critic_only + cost.training * trained_steps)
     length = training.value_pretraining_iterations + training.iterations
     evaluations = 1 + (-(-length // config.evaluation.every) if config.evaluation.every else 1)
-    per_evaluation = -(-config.evaluation.num_prompts // (rollout.micro_batch_size * world.size))
+    per_evaluation = -(-config.evaluation.num_prompts // (rollout.micro_batch_size * processes))
     evaluation = cost.rollout * per_evaluation * (steps + config.evaluation.num_inference_steps)
     total = (
         training.value_pretraining_iterations * pretraining + training.iterations * iteration + evaluations * evaluation
     )
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    lines = {
-        "model": f"{config.model.pretrained}: policy {policy:,} + critic {critic:,} parameters, {_name(dtype)}",
-        "device": f"{world.size} x {device}, DeepSpeed ZeRO stage {stage}",
-        "sampling": f"{rollout.transition}, {steps} steps of which {trained_steps} are trained, "
+    return Seconds(iteration, total)
+
+
+def zero_stage(config: Config) -> int:
+    return config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+
+def describe_model(config: Config, policy: int, critic: int, dtype: torch.dtype) -> str:
+    return f"{config.model.pretrained}: policy {policy:,} + critic {critic:,} parameters, {_name(dtype)}"
+
+
+def describe_work(config: Config, trained_steps: int) -> dict[str, str]:
+    """Lines on what an iteration does."""
+    rollout = config.rollout
+    return {
+        "sampling": f"{rollout.transition}, {rollout.num_inference_steps} steps of which {trained_steps} are trained, "
         f"guidance {rollout.guidance_scale:g}",
         "iteration": f"{rollout.samples_per_iteration} samples in micro-batches of {rollout.micro_batch_size}, "
-        f"{training.updates_per_iteration} updates",
+        f"{config.training.updates_per_iteration} updates",
         "rewards": ", ".join(f"{reward.name} x {reward.weight:g}" for reward in config.rewards),
-        "rollout": f"{rollout_runs}; weights: {weights}",
-        "attention": attention,
-        "memory": f"{state / 2**20:,.0f} MiB of weights, gradients and optimizer, "
-        f"{cost.activations / 2**20:,.0f} MiB of activations, a process",
-        "length": f"{training.value_pretraining_iterations} value-pretraining + {training.iterations} PPO iterations, "
-        f"about {_duration(total)} ({iteration:.1f} s an iteration)",
     }
+
+
+def describe_length(config: Config, seconds: Seconds) -> str:
+    training = config.training
+    return (
+        f"{training.value_pretraining_iterations} value-pretraining + {training.iterations} PPO iterations, "
+        f"about {_duration(seconds.total)} ({seconds.iteration:.1f} s an iteration)"
+    )
+
+
+def align(lines: dict[str, str]) -> str:
     return "\n".join(f"  {name:<10} {text}" for name, text in lines.items())
-
-
-def _state_bytes(dtype: torch.dtype, stage: int, processes: int) -> float:
-    """Bytes a parameter costs each process: weight, gradient, and AdamW's two float32 moments with a float32 master
-    weight, which ZeRO keeps beside a float32 weight too. Stage 1 shards the last, 2 the gradients too, 3 all."""
-    optimizer = 8 if stage == 0 and dtype == torch.float32 else 12
-    sizes = {1: optimizer, 2: dtype.itemsize, 3: dtype.itemsize}  # by the stage that shards it
-    return sum(size / (processes if stage >= first else 1) for first, size in sizes.items())
 
 
 def _name(dtype: torch.dtype) -> str:

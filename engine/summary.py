@@ -53,10 +53,12 @@ def summarize(run_dir: Path) -> str:
         lines.append(
             f"overhead: an iteration takes {np.median(overhead):.3f} x its trunk forwards and backwards (median)"
         )
+    is_lora = (run_dir / "lora").is_dir()
+    exported = "lora (load_lora_weights)" if is_lora else "pipeline (DiffusionPipeline.from_pretrained)"
     lines += [
         f"pictures:   {run_dir}/comparison.png, samples_before.png, samples_after.png, curves.png, critic.png",
         f"metrics:    {run_dir}/metrics.jsonl, evaluations/, tensorboard/",
-        f"model:      {run_dir}/pipeline (DiffusionPipeline.from_pretrained), critic.safetensors",
+        f"model:      {run_dir}/{exported}, critic.safetensors",
         f"checkpoint: {run_dir}/checkpoints (--resume auto)",
     ]
     return "\n".join(lines)

@@ -23,6 +23,14 @@ def arguments() -> argparse.Namespace:
         metavar="auto|FOLDER",
         help="go on from the newest checkpoint of this output_dir, or of a run folder",
     )
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="GPUS",
+        help="say what the run would need, of memory and time, on GPUs such as 8xH100 (default: this machine's, or "
+        "these), and do no more; takes neither a GPU nor weights",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     return parser.parse_args()
 
@@ -51,6 +59,12 @@ def train(args: argparse.Namespace) -> None:
     from latent_critic.engine.errors import UserError
 
     config = load_config(args.config, args.set)
+    if args.plan is not None:
+        from latent_critic.engine.forecast import forecast
+
+        if os.environ.get("RANK", "0") == "0":
+            print(forecast(config, args.plan), flush=True)
+        return
     run_dir = run_folder.choose(config.output_dir, args.resume)
     import torch
     from diffusers.utils.logging import disable_progress_bar

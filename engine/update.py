@@ -181,9 +181,10 @@ class Updater:
         )
         *means, deviation = [statistics.policy_loss, statistics.value_loss, *statistics.policy]
         terms = torch.stack([*(part.weight * mean for mean in means), deviation])
-        drift, steps = torch.zeros(trajectory.trained_steps, device=terms.device), part.steps.stop - part.steps.start
+        trained, steps = outcome.advantages.shape[1], part.steps.stop - part.steps.start
+        drift = torch.zeros(trained, device=terms.device)
         apart = (log_probs.detach() - trajectory.log_probs[where]).abs().mean(0)
-        drift[part.steps] = apart * part.weight * trajectory.trained_steps / steps
+        drift[part.steps] = apart * (part.weight * trained / steps)
         return Pass(prediction, part.weight * loss, torch.cat([terms, drift]))
 
     def _critic_pass(

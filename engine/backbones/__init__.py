@@ -1,7 +1,9 @@
 """Model families. `load_backbone` reads `model_index.json` and picks the adapter."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,52 +38,75 @@ def load_backbone(
     Raises UserError where there is no such model, its pipeline class has no adapter, or it cannot be had at that
     resolution.
     """
-    folder = _folder(pretrained)
-    index = folder / "model_index.json"
-    if not index.is_file():
+    folder = find_folder(pretrained, _download)
+    family, index = read_index(pretrained, folder)
+    check_complete(pretrained, folder, parts_of(index))
+    try:
+        return family.load(folder, max_sequence_length, resolution, {"vae": torch.float32, "default": dtype})
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model.pretrained: {pretrained} is incomplete or damaged: {error}") from error
+
+
+def find_folder(pretrained: str, download: Callable[[str], str], advice: str = "") -> Path:
+    """The packaged or local pipeline folder of this name, or else what `download` makes of it as a hub id.
+
+    Raises UserError, which ends with the advice, where that fails.
+    """
+    if pretrained in ("tiny-dit", "tiny-unet"):
+        return EMBEDDED / pretrained
+    if Path(pretrained).is_dir():
+        return Path(pretrained)
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(download(pretrained))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"model.pretrained: {pretrained!r} is no local folder and could not be downloaded as a hub id: {error}{advice}"
+        ) from error
+
+
+def read_index(pretrained: str, folder: Path) -> tuple[type[Backbone], dict[str, Any]]:
+    """The adapter for a pipeline folder, and its model_index.json. Raises UserError where it has none of either."""
+    path = folder / "model_index.json"
+    if not path.is_file():
         raise UserError(f"model.pretrained: {pretrained} has no model_index.json; give a diffusers pipeline folder")
     try:
-        parts = json.loads(index.read_text())
-        family = parts["_class_name"]
+        index = json.loads(path.read_text())
+        family = index["_class_name"]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{index}: not the index of a diffusers pipeline ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path}: not the index of a diffusers pipeline ({type(error).__name__}: {error})") from error
     if family not in FAMILIES:
         raise UserError(
             f"model.pretrained: {pretrained} is a {family}; supported are {', '.join(FAMILIES)}, "
             "and an adapter in engine/backbones/ adds a family"
         )
-    missing = [name for name, kind in parts.items() if _is_needed(name, kind) and not (folder / name).is_dir()]
+    return FAMILIES[family], index
+
+
+def parts_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The parts of a model_index.json that we load, [library, class] by name: [null, null] is one that is not there."""
+    return {
+        name: tuple(kind)
+        for name, kind in index.items()
+        if isinstance(kind, list) and kind[0] is not None and name not in NOT_LOADED
+    }
+
+
+def check_complete(pretrained: str, folder: Path, parts: Iterable[str]) -> None:
+    """Raises UserError unless each part has its folder."""
+    missing = [name for name in parts if not (folder / name).is_dir()]
     if missing:
         raise UserError(
             f"model.pretrained: {pretrained} is incomplete: it has no folder {', '.join(missing)}, of which its "
             "model_index.json speaks"
         )
-    try:
-        return FAMILIES[family].load(folder, max_sequence_length, resolution, {"vae": torch.float32, "default": dtype})
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model.pretrained: {pretrained} is incomplete or damaged: {error}") from error
 
 
-def _is_needed(name: str, kind: object) -> bool:
-    """Whether this entry of a model_index.json is a part that we load: [library, class], [null, null] if it is not
-    there."""
-    return isinstance(kind, list) and kind[0] is not None and name not in NOT_LOADED
-
-
-def _folder(pretrained: str) -> Path:
-    if pretrained in ("tiny-dit", "tiny-unet"):
-        return EMBEDDED / pretrained
-    if Path(pretrained).is_dir():
-        return Path(pretrained)
+def _download(pretrained: str) -> str:
     from diffusers import DiffusionPipeline
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(DiffusionPipeline.download(pretrained))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"model.pretrained: {pretrained!r} is no local folder and could not be downloaded as a hub id: {error}"
-        ) from error
+    return DiffusionPipeline.download(pretrained)
 
 
 __all__ = ["FAMILIES", "Backbone", "Conditioning", "load_backbone"]

@@ -86,7 +86,7 @@ def test_batch_arithmetic(plan):
 )
 def test_memory_of_the_training_state(plan, model, monkeypatch, stage, ranks, dtype, bytes_a_parameter):
     # 1000 times as many parameters, so that the rounding to MiB hides nothing.
-    monkeypatch.setattr("latent_critic.engine.plan.count", lambda module: 1000 * count(module))
+    monkeypatch.setattr("latent_critic.engine.plan.count", lambda module, **only: 1000 * count(module, **only))
     parameters = 1000 * (count(model.trunk) + count(model.critic))
     sections = {"model": {"dtype": dtype}, "deepspeed": {"zero_optimization": {"stage": stage}}}
     expected = f"{parameters * bytes_a_parameter / 2**20:,.0f} MiB of weights, gradients and optimizer, "

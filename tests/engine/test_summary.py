@@ -79,6 +79,12 @@ def test_pictures_and_where_they_are(write, monkeypatch):
     assert before.marks == [False, False, True, True] and after.marks == [True, False, True, True]
 
 
+def test_a_lora_run_has_factors(write):
+    run_dir = write({0: BEFORE})
+    (run_dir / "lora").mkdir()
+    assert f"model:      {run_dir}/lora (load_lora_weights), critic.safetensors" in summarize(run_dir)
+
+
 def test_a_run_of_one_evaluation_compares_it_with_itself(write):
     lines = summarize(write({0: BEFORE})).splitlines()
     assert lines[2].split() == ["dense", "0.2500", "->", "0.2500", "(+0.0000", "+-", "0.0000)"]

@@ -1,6 +1,7 @@
 """Optimizer steps under DeepSpeed ZeRO-3 against plain PyTorch: losses, weights, rests, and what is refused."""
 
 import copy
+import dataclasses
 import math
 import threading
 from types import SimpleNamespace
@@ -68,7 +69,7 @@ class Run:
         return rollout(PROMPTS[:count], torch.arange(first, first + count), schedule=steps, seed=5)
 
     def weights(self):
-        return gather_state(self.model, self.world)
+        return gather_state(self.model)
 
     def ppo(self, trajectory, advantages, returns, seed=0, lr_scale=1.0):
         order = torch.Generator().manual_seed(seed)
@@ -285,11 +286,26 @@ def test_passes_side_by_side_equal_those_of_the_engine(start, tiny_model, stage)
     for run in runs:
         run.found = run.ppo(trajectory, advantages, returns), run.critic(trajectory, returns)
     for expected, found in zip(*(run.found for run in runs), strict=True):
+        drifts = [row.pop("first_log_prob_drift_per_step", [0.0] * TRAINED) for row in (expected, found)]
+        assert drifts == [[0.0] * TRAINED] * 2
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     expected, found = (run.weights() for run in runs)
     assert all((found[name] - expected[name]).abs().max() < 1e-5 for name in expected)
     assert all((found[name] - before[name]).abs().max() > 1e-4 for name in MUST_MOVE)
     assert not any(twin.requires_grad for _, twin in runs[1].passes._weights.trained)
+
+
+@pytest.mark.parametrize("at_once, steps_per_forward", [(1, 1), (1, 2), (3, 1)])
+def test_drift_of_log_probs_is_told_by_step(start, tiny_model, at_once, steps_per_forward):
+    """Of the first update alone: later ones see what it has changed."""
+    run = start(at_once, training={"steps_per_forward": steps_per_forward})
+    trajectory = run.sample(model=tiny_model(run.config))
+    advantages, returns = targets(trajectory)
+    apart = torch.tensor([0.0, 0.125, 0.0])  # as rounding in the rollout would have it
+    drifted = dataclasses.replace(trajectory, log_probs=trajectory.log_probs + apart)
+    found = run.ppo(drifted, advantages, returns)["first_log_prob_drift_per_step"]
+    # Log-probabilities of order 1 in float32.
+    assert found == pytest.approx(apart[:TRAINED].tolist(), abs=1e-6)
 
 
 def test_which_thread_is_faster_changes_no_bit(start, tiny_model):

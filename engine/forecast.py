@@ -151,23 +151,26 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory and time are made of, whatever the batch and however many GPUs. Bytes, unless it says parameters."""
+    """What memory and time are made of, whatever the batch and however many GPUs."""
 
-    policy: int  # parameters
-    critic: int  # parameters
-    trained: int  # parameters
-    trained_policy: int  # parameters
-    tensors: list[int]  # parameters of each
-    largest_unit: int  # parameters that ZeRO-3 gathers at once
+    # Parameters
+    policy: int
+    critic: int
+    trained: int  # of both
+    trained_policy: int
+    tensors: list[int]  # of each
+    largest_unit: int  # of what ZeRO-3 gathers as a whole
+    # Bytes
     buffers: int
     encoders: int
     autoencoder: int
-    decoding: float  # of a picture
+    decoding: float  # of a picture, while it is decoded
     latent: int
     conditioning: int  # of a prompt
-    depth: int
+    # Others
+    depth: int  # in blocks
     trained_steps: int
-    evaluation_factor: int  # evaluations run so many samples for one
+    evaluation_factor: int  # branches of an evaluation's forward, for one of a rollout's
     passes: Passes
 
     @classmethod

@@ -62,7 +62,8 @@ def find_folder(pretrained: str, download: Callable[[str], str], advice: str = "
         return Path(download(pretrained))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"model.pretrained: {pretrained!r} is no local folder and could not be downloaded as a hub id: {error}{advice}"
+            f"model.pretrained: {pretrained!r} is no local folder and could not be downloaded as a hub id: {error}"
+            f"{advice}"
         ) from error
 
 

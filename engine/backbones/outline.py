@@ -30,8 +30,8 @@ from .known import KNOWN
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CONFIGS = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]  # of a pipeline on the hub
 ADVICE = (
-    "\nA gated model wants its licence accepted on the hub, and `hf auth login`. Without network give a local folder, or "
-    f"one of these, which are known: {', '.join(KNOWN)}"
+    "\nA gated model wants its licence accepted on the hub, and `hf auth login`. Without network give a local folder, "
+    f"or one of the models that are known here: {', '.join(KNOWN)}"
 )
 META = torch.device("meta")
 

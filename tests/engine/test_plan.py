@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latent_critic.engine.plan import Measurement, count, describe_plan, measure
+from latent_critic.engine.plan import Measurement, count, describe_plan, measure, state_bytes
 from latent_critic.engine.sharding import World
 
 CPU = torch.device("cpu")
@@ -92,6 +92,23 @@ def test_memory_of_the_training_state(plan, model, monkeypatch, stage, ranks, dt
     expected = f"{parameters * bytes_a_parameter / 2**20:,.0f} MiB of weights, gradients and optimizer, "
     lines = plan(ranks, rollout={"samples_per_iteration": 96}, **sections)
     assert lines["memory"] == f"{expected}3 MiB of activations, a process"
+
+
+def test_what_is_frozen_has_neither_gradient_nor_optimizer(plan, model, monkeypatch):
+    monkeypatch.setattr("latent_critic.engine.plan.count", lambda module, **only: 1000 * count(module, **only))
+    model.trunk.requires_grad_(False)
+    frozen, trained = 1000 * count(model.trunk), 1000 * count(model.critic)
+    expected = (4 * frozen + (4 + 4 + 12) * trained) / 2
+    assert plan(2)["memory"].startswith(f"{expected / 2**20:,.0f} MiB of weights, gradients and optimizer, ")
+    assert state_bytes(trained, frozen, torch.bfloat16, 3, 2) == (trained + frozen, trained, 6 * trained)
+
+
+def test_a_trunk_of_its_own_is_the_critics(tiny_config, tiny_model):
+    config = tiny_config(critic={"trunk": "separate"})
+    separate = tiny_model(config)
+    text = describe_plan(config, World(0, 1, CPU), separate, 3, COST, *WORDS)
+    policy = count(separate.trunk)
+    assert f": policy {policy:,} + critic {policy + count(separate.critic):,} parameters" in text
 
 
 @pytest.mark.parametrize(

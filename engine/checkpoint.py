@@ -22,7 +22,8 @@ from .actor_critic import ActorCritic
 from .config import Config
 from .errors import TrainingError, UserError
 from .model_card import write_model_card
-from .sharding import World, gather_state
+from .sharding import gather_state
+from .world import World
 
 KEPT = 2  # the newest, and the one before it
 

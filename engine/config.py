@@ -386,6 +386,15 @@ class Config(_Section):
             raise ValueError("\n".join(mistakes))
         return self
 
+    def critic_steps_per_forward(self, depth: int) -> int:
+        """Denoising steps of a sample in a critic-only pass through a trunk of so many blocks."""
+        steps = self.training.steps_per_forward
+        if self.critic.trunk == "separate":
+            return steps  # its own trunk is trained: every block's activations are kept
+        # A pass without the trunk's gradient keeps one block's activations, a training pass every block's (or with
+        # checkpointing their inputs): so many steps of a sample at once need no more memory.
+        return max(steps, depth // 8 if self.model.gradient_checkpointing else depth)
+
     def for_processes(self, world_size: int) -> "Config":
         """This config, its micro-batch cut to a rank's share of one optimizer step where that is smaller.
 

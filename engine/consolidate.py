@@ -15,8 +15,8 @@ from .actor_critic import ActorCritic
 from .backbones import load_backbone
 from .errors import UserError
 from .saved_run import SavedRun
-from .sharding import resolve_dtype
 from .trainable import choose_trained
+from .world import resolve_dtype
 
 
 def load_checkpoint(run: SavedRun, checkpoint: Path, averaged: bool = True, dtype: str | None = None) -> ActorCritic:

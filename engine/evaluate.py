@@ -18,8 +18,8 @@ from .reward_stats import RunningStandardizer
 from .rewards import Reward
 from .rollout import Rollout
 from .scoring import Scoring
-from .sharding import World
 from .transitions import Schedule
+from .world import World
 
 
 @dataclass

@@ -33,9 +33,9 @@ from .plan import (
     zero_stage,
 )
 from .scoring import BATCH
-from .sharding import resolve_dtype
 from .trainable import choose_trained
 from .transitions import trained_steps
+from .world import resolve_dtype
 
 GIB = 2**30
 UTILISATION = 0.4  # of a GPU's peak: an assumption
@@ -279,7 +279,9 @@ def memory_of(config: Config, processes: int, capacity: float, sizes: Sizes) -> 
     def activations(cost: Cost, steps_at_once: int) -> Parts:
         return {"activations": cost.bytes * micro_batch * steps_at_once}
 
-    critic_only = activations(sizes.passes.critic_only, _steps_at_once(steps, _critic_steps(config, sizes.depth)))
+    critic_only = activations(
+        sizes.passes.critic_only, _steps_at_once(steps, config.critic_steps_per_forward(sizes.depth))
+    )
     trained = _steps_at_once(sizes.trained_steps, training.steps_per_forward)
     # Before it shards, the trainer encodes the prompts of a micro-batch, and measures a training pass.
     encoding = {"text encoders": sizes.encoders}
@@ -325,12 +327,6 @@ def _gathered_bytes(zero: dict[str, Any], sizes: Sizes, dtype: torch.dtype) -> f
     small = sum(size for size in sizes.tensors if size <= zero.get("stage3_param_persistence_threshold", 1e5))
     near = zero.get("stage3_max_reuse_distance", 1e9) / 2
     return dtype.itemsize * min(small + 2 * sizes.largest_unit + near, sum(sizes.tensors) + sizes.largest_unit)
-
-
-def _critic_steps(config: Config, depth: int) -> int:
-    """Denoising steps that share a critic-only forward: `Updater.critic_steps`."""
-    most = max(1, depth // 8) if config.model.gradient_checkpointing else depth
-    return max(most, config.training.steps_per_forward)
 
 
 def _steps_at_once(steps: int, most: int) -> int:

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 
 from .actor_critic import ActorCritic
 from .errors import UserError
-from .sharding import World
+from .world import World
 
 BUCKET_BYTES = 256 * 2**20  # gathered in one call; what is kept on the CPU takes a share of it on the GPU meanwhile
 

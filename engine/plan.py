@@ -9,7 +9,7 @@ from torch import nn
 
 from .actor_critic import ActorCritic
 from .config import Config
-from .sharding import World, resolve_dtype
+from .world import World, resolve_dtype
 
 
 def count(module: nn.Module, trained_only: bool = False) -> int:

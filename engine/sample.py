@@ -52,7 +52,7 @@ def draw(args: argparse.Namespace) -> None:
     from latent_critic.engine.prompts import load_prompts
     from latent_critic.engine.reports import save_grid
     from latent_critic.engine.saved_run import SavedRun
-    from latent_critic.engine.sharding import resolve_dtype
+    from latent_critic.engine.world import resolve_dtype
 
     disable_progress_bar()  # of loading
     if args.batch_size < 1 or (args.count is not None and args.count < 1):

@@ -3,7 +3,6 @@
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -17,23 +16,9 @@ from .config import Config
 from .errors import UserError
 from .optimizer import PhasedAdamW
 from .units import make_units
+from .world import World, resolve_dtype
 
 POLICY, CRITIC = 0, 1  # parameter groups, in this order
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among its peers."""
-
-    rank: int
-    size: int
-    device: torch.device
-    cores: int = 1  # of a CPU, for this process to compute on
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def init_distributed() -> World:
@@ -67,13 +52,6 @@ def cores_of_this_process() -> int:
     """This process's share of the machine's cores; OMP_NUM_THREADS says otherwise."""
     cores = torch.get_num_threads()
     return cores if "OMP_NUM_THREADS" in os.environ else max(1, cores // int(os.environ.get("LOCAL_SIZE", "1")))
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`model.dtype`: "auto" is bfloat16 on GPU and float32 on CPU, where half precision is slow."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[name]
 
 
 def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpeedEngine:

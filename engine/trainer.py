@@ -31,13 +31,14 @@ from .reward_stats import RunningStandardizer
 from .rewards import build_rewards, check_prompts
 from .rollout import Rollout
 from .scoring import Scoring
-from .sharding import World, resolve_dtype, shard
+from .sharding import shard
 from .summary import summarize
 from .trainable import choose_trained
 from .trajectory import Trajectory
 from .transitions import trained_steps
 from .trunk_clock import TrunkClock
 from .update import Updater
+from .world import World, resolve_dtype
 
 
 class Trainer:

@@ -25,8 +25,9 @@ from .errors import TrainingError
 from .outcome import Outcome
 from .passes import Forward, Part, Pass, Passes
 from .rollout import LEAST, rows
-from .sharding import World, gradient_norm, set_learning_rates
+from .sharding import gradient_norm, set_learning_rates
 from .trajectory import Trajectory
+from .world import World
 
 
 def split(whole: slice, count: int) -> list[slice]:
@@ -64,11 +65,7 @@ class Updater:
         self.average = average
         self.size, algorithm = config.rollout.micro_batch_size, config.algorithm
         self.clips = PPOClips(algorithm.clip_range, algorithm.value_clip_range, algorithm.target_clip)
-        # A pass without the trunk's gradient keeps one block's activations, a training pass every block's (or with
-        # checkpointing their inputs): so many steps of a sample at once need no more memory.
-        depth = engine.module.backbone.depth
-        self.critic_steps = max(1, depth // 8) if config.model.gradient_checkpointing else depth
-        self.critic_steps = max(self.critic_steps, config.training.steps_per_forward)
+        self.critic_steps = config.critic_steps_per_forward(engine.module.backbone.depth)
 
     def ppo(
         self,

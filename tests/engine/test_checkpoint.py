@@ -16,7 +16,7 @@ from torch import nn
 
 from latent_critic.engine.checkpoint import KEPT, CheckpointStore, disk_errors, signature
 from latent_critic.engine.errors import TrainingError, UserError
-from latent_critic.engine.sharding import World
+from latent_critic.engine.world import World
 
 CPU = torch.device("cpu")
 STATE = {"mean": torch.tensor([0.25, -1.5], dtype=torch.float64), "count": torch.tensor(7.0, dtype=torch.float64)}

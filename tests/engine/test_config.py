@@ -414,3 +414,18 @@ def test_the_readme_of_configs_is_in_sync(tmp_path):
     rewritten.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     write_key_table(Config, rewritten)
     assert rewritten.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), "run `make docs`"
+
+
+def test_steps_of_a_critic_only_pass():
+    def steps(depth, trunk="shared-detached", checkpointing=False, at_once=1):
+        sections = {
+            "critic": {"trunk": trunk},
+            "model": {"gradient_checkpointing": checkpointing},
+            "training": {"steps_per_forward": at_once},
+            "rewards": [{"name": "composition"}],
+        }
+        return Config.model_validate(sections).critic_steps_per_forward(depth)
+
+    assert steps(24) == steps(24, trunk="shared") == 24 and steps(24, at_once=30) == 30
+    assert steps(24, checkpointing=True) == 3 and steps(4, checkpointing=True) == 1
+    assert steps(24, trunk="separate") == 1 and steps(24, trunk="separate", checkpointing=True, at_once=2) == 2

@@ -15,7 +15,7 @@ from latent_critic.engine.prompts import Prompt
 from latent_critic.engine.reward_stats import RunningStandardizer
 from latent_critic.engine.rewards import ANY_VALUE, Reward
 from latent_critic.engine.rollout import Rollout
-from latent_critic.engine.sharding import World
+from latent_critic.engine.world import World
 
 PROMPTS = [Prompt("a red circle"), Prompt("two blue squares"), Prompt("a dog", {"tag": "animals", "shift": 0.25})]
 

@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from latent_critic.engine import inference_copy
 from latent_critic.engine.errors import UserError
 from latent_critic.engine.inference_copy import InferenceCopy
-from latent_critic.engine.sharding import World, shard
+from latent_critic.engine.sharding import shard
+from latent_critic.engine.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latent_critic.engine.plan import Measurement, count, describe_plan, measure, state_bytes
-from latent_critic.engine.sharding import World
+from latent_critic.engine.world import World
 
 CPU = torch.device("cpu")
 COST = Measurement(rollout=0.5, forward=0.25, training=2.0, activations=3 * 2**20)

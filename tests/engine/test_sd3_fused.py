@@ -12,8 +12,8 @@ from diffusers.models.attention import JointTransformerBlock
 from latent_critic.engine.backbones import load_backbone, sd3_fused
 from latent_critic.engine.backbones.sd3_fused import FusedJointTransformerBlock, fuse, unfuse
 from latent_critic.engine.inference_copy import InferenceCopy
-from latent_critic.engine.sharding import World
 from latent_critic.engine.trainer import Trainer
+from latent_critic.engine.world import World
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -429,6 +429,7 @@ def refresh_and_look(config: dict, lora: bool) -> None:
     from latent_critic.engine.actor_critic import ActorCritic
     from latent_critic.engine.backbones import load_backbone
     from latent_critic.engine.config import Config
+    from latent_critic.engine.world import resolve_dtype
     from latent_critic.kernels.transition import transition_log_prob, transition_step
 
     world = sharding.init_distributed()
@@ -445,7 +446,7 @@ def refresh_and_look(config: dict, lora: bool) -> None:
     model = ActorCritic(backbone, config.critic, [reward.name for reward in config.rewards]).eval()
     for layer in (model.critic.taps.modulation, *(head[-1] for head in model.critic.heads)):
         torch.nn.init.normal_(layer.weight)  # they start at 0, where what comes before them learns nothing yet
-    model.to(world.device, sharding.resolve_dtype(config.model.dtype, world.device))
+    model.to(world.device, resolve_dtype(config.model.dtype, world.device))
     modes = {"auto": "auto", "copy": "copy", "scarce": "auto", "sharded": "sharded"}
     copies = {kind: inference_copy.InferenceCopy(model) for kind in modes}
     engine = sharding.shard(model, config, world)

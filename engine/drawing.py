@@ -14,6 +14,7 @@ from .config import CriticConfig
 from .prompt_cache import PromptCache
 from .prompts import Prompt
 from .rollout import Rollout
+from .scoring import BATCH
 
 
 def draw_as_evaluated(
@@ -33,12 +34,15 @@ def draw_as_evaluated(
     model.to(device, next(backbone.trunk.parameters()).dtype)
     schedule = backbone.schedule("ode", 0.0, num_inference_steps).to(device)
     rollout = Rollout([model], PromptCache(backbone, device), backbone.latent_shape, batch_size, device)
-    pictures, prompts = [], [Prompt(text) for text in texts]
-    for start in _batches(texts, batch_size):
-        indices = torch.arange(start, min(start + batch_size, len(texts)))
-        drawn = rollout([prompts[i] for i in indices], indices, schedule=schedule, seed=seed)
-        pictures.append(backbone.decode(drawn.latents[:, -1]).cpu())
-    return torch.cat(pictures)
+    with tqdm(total=len(texts), desc="drawing", disable=len(texts) <= batch_size) as progress:
+        drawn = rollout(
+            [Prompt(text) for text in texts],
+            torch.arange(len(texts)),
+            schedule=schedule,
+            seed=seed,
+            finished=lambda _start, part: progress.update(len(part.prompts)),
+        )
+    return torch.cat([backbone.decode(part).cpu() for part in drawn.latents[:, -1].split(BATCH)])
 
 
 def draw_by_stock_pipeline(
@@ -47,15 +51,16 @@ def draw_by_stock_pipeline(
     """uint8 [N, H, W, 3] of the pipeline with its own scheduler. call: its arguments, where not the defaults."""
     pipe = backbone.pipe.to(device)
     pictures = []
-    for start in _batches(texts, batch_size):
+    for start in tqdm(range(0, len(texts), batch_size), "drawing", disable=len(texts) <= batch_size):
         part = list(texts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
         drawn = pipe(
-            part, height=backbone.resolution, width=backbone.resolution, generator=generators, output_type="pt", **call
+            prompt=part,
+            height=backbone.resolution,
+            width=backbone.resolution,
+            generator=generators,
+            output_type="pt",
+            **call,
         ).images
         pictures.append((drawn.float() * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1))
     return torch.cat(pictures)
-
-
-def _batches(texts: Sequence[str], batch_size: int) -> tqdm:
-    return tqdm(range(0, len(texts), batch_size), "drawing", disable=len(texts) <= batch_size)

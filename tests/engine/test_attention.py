@@ -265,7 +265,7 @@ def test_a_copy_of_the_actor_critic_keeps_it(tiny_config, tiny_model):
 
 def test_saved_folder_is_stock(tiny_pipeline, tmp_path):
     backbone = load_backbone(str(tiny_pipeline), 0)
-    backbone.set_attention_backend("_native_math")
+    set_attention_backend(backbone.trunk, "_native_math")
     backbone.save(backbone.trunk.state_dict(), tmp_path / "saved")
     assert processors(load_backbone(str(tmp_path / "saved"), 0).trunk) == {JointAttnProcessor2_0}
 

@@ -78,7 +78,7 @@ def test_save_writes_every_key_and_reads_back_equal(write, tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_load_shard_and_split_over_eight_processes(path):
     config = load_config(path)
-    assert config.deepspeed["zero_optimization"]["stage"] == 3
+    assert config.deepspeed["zero_optimization"]["stage"] == (3 if path.stem.startswith("zero3") else 2)
     for world_size in (1, 2, 4, 8):
         config.for_processes(world_size)
 

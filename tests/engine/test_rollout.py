@@ -188,6 +188,7 @@ def test_one_thread_that_fails_stops_the_others(sample):
 
     class Broken(torch.nn.Module):
         guidance_scale, reward_names, trunk = 1.0, ["a", "b"], sample.model.trunk
+        backbone = sample.model.backbone
 
         def forward(self, *inputs, **options):
             calls.append(1)

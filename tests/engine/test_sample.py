@@ -60,7 +60,7 @@ def sample_grid():
 
 
 def test_a_run_is_drawn_as_it_was_evaluated(run, draw):
-    """To the bit, though in batches of another size; by the weights of the last evaluation, not the first."""
+    """To the bit, in batches of the same size; by the weights of the last evaluation, not the first."""
     images, captions = draw("--run", run, "--count", 3, "--batch_size", 2)
     evaluations = sorted((run / "evaluations").glob("*.npz"))
     first, last = (np.load(evaluations[i])["images"] for i in (0, -1))

@@ -394,10 +394,10 @@ def full_disk_at_the_last_checkpoint() -> None:
 
     save = CheckpointStore.save
 
-    def save_on_a_full_disk(self, engine, iteration, state):
+    def save_on_a_full_disk(self, engine, iteration, *state):
         if iteration == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        save(self, engine, iteration, state)
+        save(self, engine, iteration, *state)
 
     CheckpointStore.save = save_on_a_full_disk
 

@@ -23,6 +23,7 @@ FAMILIES: dict[str, type[Backbone]] = {
     "FluxPipeline": FluxBackbone,
     "Flux2KleinPipeline": Flux2Backbone,
 }
+ADVICE = "A gated model wants its licence accepted on the hub, and `hf auth login`. Without network give a local folder"
 NOT_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 TINY_DIT, TINY_UNET = EMBEDDED / "tiny-dit", EMBEDDED / "tiny-unet"
@@ -38,7 +39,7 @@ def load_backbone(
     Raises UserError where there is no such model, its pipeline class has no adapter, or it cannot be had at that
     resolution.
     """
-    folder = find_folder(pretrained, _download)
+    folder = find_folder(pretrained, _download, ADVICE)
     family, index = read_index(pretrained, folder)
     check_complete(pretrained, folder, parts_of(index))
     try:
@@ -47,7 +48,7 @@ def load_backbone(
         raise UserError(f"model.pretrained: {pretrained} is incomplete or damaged: {error}") from error
 
 
-def find_folder(pretrained: str, download: Callable[[str], str], advice: str = "") -> Path:
+def find_folder(pretrained: str, download: Callable[[str], str], advice: str) -> Path:
     """The packaged or local pipeline folder of this name, or else what `download` makes of it as a hub id.
 
     Raises UserError, which ends with the advice, where that fails.
@@ -63,7 +64,7 @@ def find_folder(pretrained: str, download: Callable[[str], str], advice: str = "
     except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UserError(
             f"model.pretrained: {pretrained!r} is no local folder and could not be downloaded as a hub id: {error}"
-            f"{advice}"
+            f"\n{advice}"
         ) from error
 
 

@@ -23,16 +23,13 @@ from torch.utils.flop_counter import flop_registry
 
 from ...kernels import adaln, pool_tokens
 from ..errors import UserError
-from . import FAMILIES, check_complete, find_folder, parts_of, read_index, sd3_fused
+from . import ADVICE, FAMILIES, check_complete, find_folder, parts_of, read_index, sd3_fused
 from .base import Backbone
 from .known import KNOWN
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CONFIGS = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]  # of a pipeline on the hub
-ADVICE = (
-    "\nA gated model wants its licence accepted on the hub, and `hf auth login`. Without network give a local folder, "
-    f"or one of the models that are known here: {', '.join(KNOWN)}"
-)
+OR_KNOWN = f"{ADVICE}, or one of the models that are known here: {', '.join(KNOWN)}"
 META = torch.device("meta")
 
 
@@ -47,7 +44,7 @@ def outline(pretrained: str, max_sequence_length: int, resolution: int | None = 
         family = FAMILIES[index["_class_name"]]
         parts = {name: _of_config(*kind, KNOWN[pretrained].get(name)) for name, kind in parts_of(index).items()}
     else:
-        folder = find_folder(pretrained, _download_configs, ADVICE)
+        folder = find_folder(pretrained, _download_configs, OR_KNOWN)
         family, index = read_index(pretrained, folder)
         kinds = parts_of(index)
         check_complete(pretrained, folder, (name for name in kinds if not name.startswith("tokenizer")))

@@ -76,9 +76,9 @@ class Backbone(ABC):
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of one prompt's conditioning, known without encoding one."""
 
-    @abstractmethod
     def pooled_text(self, conditioning: Conditioning) -> Tensor:
         """One vector a prompt, [B, text_width], for the critic."""
+        return conditioning["pooled_prompt_embeds"]
 
     @abstractmethod
     def schedule(

@@ -53,9 +53,6 @@ class FluxBackbone(Backbone):
             "pooled_prompt_embeds": (config.pooled_projection_dim,),
         }
 
-    def pooled_text(self, conditioning: Conditioning) -> Tensor:
-        return conditioning["pooled_prompt_embeds"]
-
     def schedule(
         self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
     ) -> Schedule:

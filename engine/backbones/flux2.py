@@ -58,9 +58,6 @@ class Flux2Backbone(Backbone):
         width = self.trunk.config.joint_attention_dim
         return {"prompt_embeds": (self.max_sequence_length, width), "pooled_prompt_embeds": (width,)}
 
-    def pooled_text(self, conditioning: Conditioning) -> Tensor:
-        return conditioning["pooled_prompt_embeds"]
-
     def schedule(
         self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
     ) -> Schedule:

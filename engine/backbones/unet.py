@@ -50,9 +50,6 @@ class UNetBackbone(Backbone):
             "pooled_prompt_embeds": (self.text_width,),
         }
 
-    def pooled_text(self, conditioning: Conditioning) -> Tensor:
-        return conditioning["pooled_prompt_embeds"]
-
     def schedule(
         self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
     ) -> Schedule:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 # Without a GPU the kernels run in Triton's interpreter. It is chosen when Triton is imported, so before anything else.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+LINEAR = functional.linear
 DEPTH, WIDTH = 3, 64  # of the tiny pipeline's trunk
 CHANNELS, SIDE = 4, 16  # of its latents; its pictures are 64 x 64
 
@@ -25,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_linear() -> Iterator[None]:
+    """DeepSpeed's ZeRO-3 replaces torch.nn.functional.linear for the rest of the process: its own rounds otherwise (a
+    product, then a sum) and keeps other tensors for the backward. No test leaves it to the next."""
+    functional.linear = LINEAR
+    yield
+    functional.linear = LINEAR
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .actor_critic import ActorCritic
+from .backbones.cost import no_gradients_kept
 from .config import Config
 from .world import World, resolve_dtype
 
@@ -30,7 +31,7 @@ class Measurement:
 
 
 def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> Measurement:
-    """Times the second pass of each kind and counts what autograd keeps. Leaves no gradients behind.
+    """Times the second pass of each kind and counts what autograd keeps. No gradient is kept, nor all at a time.
 
     inputs: of one micro-batch, as the model takes them; on a CPU `cores` of them run side by side.
     """
@@ -42,7 +43,8 @@ def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> 
     rollout = _seconds(forward) / cores
     inputs = [*(_repeat(x, steps_per_forward) for x in inputs[:3]), *inputs[3:]]  # the unconditional prompt is one row
     alone = _seconds(forward) / (steps_per_forward * cores)
-    training = _seconds(lambda: _loss(model(*inputs)).backward()) / (steps_per_forward * cores)
+    with no_gradients_kept(model.parameters()):
+        training = _seconds(lambda: _loss(model(*inputs)).backward()) / (steps_per_forward * cores)
     kept: dict[int, int] = {}
 
     def count_bytes(tensor):
@@ -51,10 +53,8 @@ def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
-        loss = _loss(model(*inputs))
+        _loss(model(*inputs))
     weights = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.data_ptr() in kept)
-    del loss
-    model.zero_grad(set_to_none=True)
     return Measurement(rollout, alone, training, cores * max(0, sum(kept.values()) - weights))
 
 

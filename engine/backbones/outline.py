@@ -1,29 +1,21 @@
 """A pipeline without its weights: the family's adapter around parts on the "meta" device, made from their configs.
 
-Of such a model sizes can be had and what it costs to run it, on any machine and in no memory, but not a number.
+Of such a model sizes can be had, on any machine and in no memory, but not a number; `cost` has what it takes to run it.
 """
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
-from weakref import finalize
+from typing import Any
 
 import diffusers
 import torch
 import transformers
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
+from torch import nn
 
-from ...kernels import adaln, pool_tokens
 from ..errors import UserError
-from . import ADVICE, FAMILIES, check_complete, find_folder, parts_of, read_index, sd3_fused
+from . import ADVICE, FAMILIES, check_complete, find_folder, parts_of, read_index
 from .base import Backbone
 from .known import KNOWN
 
@@ -88,120 +80,3 @@ def _download_configs(pretrained: str) -> str:
     from huggingface_hub import snapshot_download
 
     return snapshot_download(pretrained, allow_patterns=CONFIGS)
-
-
-# ------------------------------------------------------------------------------------------------ what running it costs
-
-
-class Cost(NamedTuple):
-    flops: int  # floating-point operations of products and convolutions, two a multiply-add
-    bytes: int  # of tensors, alive at a time
-
-
-def cost_of(forward: Callable[[], Iterable[Tensor | None]], present: Iterable[Tensor]) -> Cost:
-    """Of a forward on "meta", and of a backward from those of its results that have one, as on a GPU.
-
-    present: all tensors that are there before; they do not count as memory, and weights' gradients do not either.
-    """
-    present = list(present)
-    learning = [tensor for tensor in present if tensor.requires_grad and torch.is_grad_enabled()]
-    hooks = [tensor.register_post_accumulate_grad_hook(_drop_gradient) for tensor in learning]
-    try:
-        with _kernels(), _Meter(present) as meter:
-            with _OnGPU():
-                losses = [result.mean() for result in forward() if result is not None and result.requires_grad]
-            if losses:
-                sum(losses).backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Cost(meter.flops, meter.peak)
-
-
-def checkpoint_on_gpu(block: nn.Module, *args: Any) -> Any:
-    """For `enable_gradient_checkpointing`: what `cost_of` needs in place of diffusers' own."""
-    # The backward, which runs a block again, is outside of the mode: to autograd's own functions a mode is deaf.
-    return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _OnGPU()))
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-class _Meter(TorchDispatchMode):
-    def __init__(self, present: Iterable[Tensor]):
-        super().__init__()
-        self._known = {tensor.untyped_storage()._cdata for tensor in present}
-        self.flops = self.alive = self.peak = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = operation(*args, **kwargs)
-        if formula := flop_registry.get(operation._overloadpacket):
-            self.flops += formula(*args, **kwargs, out_val=result)
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-            finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size
-
-
-class _OnGPU(TorchFunctionMode):
-    """What a GPU does in one kernel is one operation, where "meta" would go step by step and keep what is in between:
-    of attention a matrix of N x N, of an RMSNorm float32 copies."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return _KERNELS.get(function, function)(*args, **(kwargs or {}))
-
-
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> Tensor:
-    """Keeps query, key, value, output and logsumexp. 4 B H Nq Nk d operations, and 2.5 times as many in the backward,
-    which computes the matrix again."""
-    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and a number a row."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-
-
-def _rms_norm(x: Tensor, _shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    return _RMSNorm.apply(x, weight)
-
-
-_KERNELS = {functional.scaled_dot_product_attention: _flash_attention, functional.rms_norm: _rms_norm}
-
-
-@contextmanager
-def _kernels() -> Iterator[None]:
-    """The project's own kernels too: their fakes know what they return and keep."""
-    stand_ins = {(module, "runs_kernels"): lambda x: True for module in (adaln, pool_tokens, sd3_fused)}
-    stand_ins[pool_tokens, "_widest"] = lambda itemsize, device: 6144 // itemsize  # Hopper's
-    before = {place: getattr(*place) for place in stand_ins}
-    try:
-        for place, function in stand_ins.items():
-            setattr(*place, function)
-        yield
-    finally:
-        for place, function in before.items():
-            setattr(*place, function)

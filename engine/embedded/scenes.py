@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import UserError
@@ -250,5 +249,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _font() -> ImageFont.FreeTypeFont:
+    from matplotlib import font_manager  # takes a while, and who draws nothing needs no font
+
     path = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight="bold"))
     return ImageFont.truetype(path, 24 * _SUPERSAMPLE)

@@ -11,23 +11,13 @@ import pytest
 import torch
 
 from latent_critic.engine import forecast as module
-from latent_critic.engine.backbones.outline import Cost
+from latent_critic.engine import memory as memory_module
+from latent_critic.engine.backbones.cost import Cost
 from latent_critic.engine.config import load_config
 from latent_critic.engine.errors import UserError
-from latent_critic.engine.forecast import (
-    CONTEXT,
-    DEVICES,
-    GIB,
-    SPARE,
-    Device,
-    Forecaster,
-    Passes,
-    Sizes,
-    build,
-    find_devices,
-    forecast,
-    memory_of,
-)
+from latent_critic.engine.forecast import SPARE, Forecaster, forecast
+from latent_critic.engine.gpus import DEVICES, GIB, Device, find_devices
+from latent_critic.engine.memory import CONTEXT, Passes, Sizes, build, memory_of
 from latent_critic.engine.plan import count, measure
 from latent_critic.engine.update import parts_of
 
@@ -304,7 +294,7 @@ def test_phases(memory):
     phases = memory(1, training={"steps_per_forward": 2}).phases
     assert list(phases) == ["start", "encoding", "rollout", "critic", "update"]
     around = {"autoencoder": 400, "CUDA, allocator": CONTEXT}
-    assert phases["start"] == around | {"weights": 2207, "gradients": 2200, "activations": 4 * 2 * 1000}
+    assert phases["start"] == around | {"weights": 2207, "activations": 4 * 2 * 1000}
     assert phases["encoding"]["text encoders"] == 5000 and "activations" not in phases["encoding"]
     drawn = 64 * (11 * 16 + 40) + 4 * (21 * 16 + 40)
     for name, activations in (
@@ -337,7 +327,7 @@ def test_the_fullest_phase(memory):
 @pytest.mark.parametrize("most", [1, 3, 16, 57])
 def test_steps_that_share_a_forward_are_the_updaters(most):
     parts = parts_of([slice(0, 4)], 40, most, 1)
-    assert module._steps_at_once(40, most) == max(part.steps.stop - part.steps.start for part in parts)
+    assert memory_module._steps_at_once(40, most) == max(part.steps.stop - part.steps.start for part in parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict
@@ -376,7 +366,7 @@ def _needed(path: Path, processes: int, *overrides: str) -> float:
 )
 def test_what_is_advised_fits(heavy, monkeypatch, enough):
     """The memory is what `enough` leaves free of it: the plan finds this, or something earlier in its order."""
-    monkeypatch.setattr(module, "CONTEXT", 0)
+    monkeypatch.setattr(memory_module, "CONTEXT", 0)
     memory = 1.0001 * _needed(heavy, 1, *enough) / (1 - SPARE)
     monkeypatch.setitem(DEVICES, "Tiny", Device("Tiny", memory, 1e12))
     text = forecast(load_config(heavy), "1xTiny")
@@ -413,7 +403,7 @@ def test_every_setting_that_is_tried_is_one_that_can_be_pasted(heavy):
 
 def test_more_gpus_are_the_last_resort(heavy, monkeypatch):
     """Of the sharded state alone, and with nothing but GPUs to change."""
-    monkeypatch.setattr(module, "CONTEXT", 0)
+    monkeypatch.setattr(memory_module, "CONTEXT", 0)
     monkeypatch.setattr(module, "_settings", lambda config: iter([()]))
     sharded = ["deepspeed.zero_optimization.stage=3", "rollout.micro_batch_size=1", "rollout.weights=sharded"]
     eight, four = (_needed(heavy, n, *sharded) for n in (8, 4))
@@ -450,7 +440,7 @@ def test_time_is_operations_over_the_speed(config, monkeypatch):
 def test_the_table_adds_up(config, monkeypatch):
     monkeypatch.setattr(Sizes, "of", classmethod(lambda cls, config: SIZES))
     monkeypatch.setattr(module, "GIB", 1)
-    monkeypatch.setattr(module, "CONTEXT", 0)
+    monkeypatch.setattr(memory_module, "CONTEXT", 0)
     text = forecast(config(zero={"offload_optimizer": {"device": "cpu"}}), "2xH100")
     table = [line[13:] for line in text.splitlines() if re.search(r"  (-|[\d.]+)$", line)]
     columns = list(zip(*([float(cell.replace("-", "0")) for cell in line[20:].split()] for line in table), strict=True))

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from latent_critic.engine.backbones import load_backbone
+from latent_critic.engine.backbones.cost import checkpoint_on_gpu, cost_of
 from latent_critic.engine.backbones.known import KNOWN
-from latent_critic.engine.backbones.outline import META, checkpoint_on_gpu, cost_of, outline
+from latent_critic.engine.backbones.outline import META, outline
 from latent_critic.engine.errors import UserError
 from latent_critic.engine.plan import count
 from latent_critic.engine.transitions import trained_steps
@@ -238,8 +238,7 @@ def test_checkpoints_are_computed_again_and_not_kept():
         return [y]
 
     plain = cost_of(lambda: run(lambda block, y: block(y)), present)
-    with set_checkpoint_early_stop(True):  # torch's default, which others in this process may have changed
-        spared = cost_of(lambda: run(checkpoint_on_gpu), present)
+    spared = cost_of(lambda: run(checkpoint_on_gpu), present)
     forward = 6 * 2 * 2 * 1000 * 64 * 256
     assert plain.flops == 3 * forward
     # What a block ends with need not be computed again: its result is not kept.

@@ -263,6 +263,12 @@ class OptimizerConfig(_Section):
     lr_scheduler: Literal["constant", "linear"] = Field(
         "constant", description="`linear`: both rates fall to 0 over the PPO iterations"
     )
+    lr_warmup_iterations: int = Field(
+        0,
+        ge=0,
+        description="PPO iterations over which the policy's rate rises to its full: Adam's first steps are as large as "
+        "any, before it knows which numbers of a gradient are noise",
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.95), description="AdamW's decay rates of the first and second moment"
     )

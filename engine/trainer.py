@@ -116,9 +116,9 @@ class Trainer:
         if pretraining:
             update = self.updater.critic(*work, config.training.value_pretraining_epochs)
         else:
-            lr_scale = self._lr_scale(iteration)
-            update = self.updater.ppo(*work, lr_scale)
-            update["learning_rate"] = lr_scale * config.optimizer.policy_lr
+            lr_scale, warm_up = self._lr_scales(iteration)
+            update = self.updater.ppo(*work, lr_scale, warm_up)
+            update["learning_rate"] = warm_up * lr_scale * config.optimizer.policy_lr
             if config.training.critic_epochs:
                 self.updater.critic(*work, config.training.critic_epochs, lr_scale)
         explained = outcome.explained_variance
@@ -253,11 +253,12 @@ class Trainer:
         if self.world.is_main:
             reports.plot_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
 
-    def _lr_scale(self, iteration: int) -> float:
-        """What `optimizer.lr_scheduler` makes of the learning rates."""
-        training = self.config.training
-        done = (iteration - training.value_pretraining_iterations) / training.iterations
-        return 1.0 - done if self.config.optimizer.lr_scheduler == "linear" else 1.0
+    def _lr_scales(self, iteration: int) -> tuple[float, float]:
+        """What `optimizer.lr_scheduler` makes of the learning rates, and the warm-up of the policy's."""
+        training, options = self.config.training, self.config.optimizer
+        done = iteration - training.value_pretraining_iterations
+        scale = 1.0 - done / training.iterations if options.lr_scheduler == "linear" else 1.0
+        return scale, min(1.0, (done + 1) / max(1, options.lr_warmup_iterations))
 
     def _rollout(self) -> Rollout:
         """On a CPU a micro-batch for each core at a time, unless the weights must be gathered for each forward."""

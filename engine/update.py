@@ -74,14 +74,17 @@ class Updater:
         unconditional: Conditioning | None,
         order: torch.Generator,
         lr_scale: float = 1.0,
+        warm_up: float = 1.0,
     ) -> dict[str, float]:
         """`updates_per_iteration` steps on policy and critic, each on its own share of the samples.
 
         One loss and one backward per micro-batch: under ZeRO-3 a forward takes no second one. The first forward runs
-        before the outcome is asked for. Returns the means of the update's statistics over the iteration.
+        before the outcome is asked for. lr_scale: of both learning rates; warm_up: of the policy's. Returns the
+        means of the update's statistics over the iteration.
         """
         optimizer, log = self.config.optimizer, defaultdict(list)
-        set_learning_rates(self.engine, lr_scale * optimizer.policy_lr, lr_scale * optimizer.critic_lr)
+        rates = warm_up * lr_scale * optimizer.policy_lr, lr_scale * optimizer.critic_lr
+        set_learning_rates(self.engine, *rates)
         forward = partial(self._policy_pass, trajectory, outcome, unconditional)
         for batches in self._batches(trajectory, order):
             parts = self._parts(batches, trajectory.trained_steps, self.config.training.steps_per_forward)

@@ -36,7 +36,7 @@ def story(tiny_pipeline, tmp_path_factory) -> Story:
     folder = tmp_path_factory.mktemp("resume")
     config = tiny_runs.run_config(
         tiny_pipeline,
-        optimizer={"policy_lr": 1e-4, "lr_scheduler": "linear"},
+        optimizer={"policy_lr": 1e-4, "lr_scheduler": "linear", "lr_warmup_iterations": 2},
         training={"ema_decay": 0.5},
     )
     through = tiny_runs.train(tiny_runs.prepare(folder / "through", config))
@@ -68,9 +68,9 @@ def test_half_written_checkpoints_are_gone_at_the_end(story):
     assert checkpoints(story.killed) == checkpoints(story.through) == ["iteration-000002", "iteration-000004"]
 
 
-def test_learning_rates_fall_to_the_end(story):
+def test_learning_rates_rise_and_fall_to_the_end(story):
     found = [row["learning_rate"] for row in rows(story.killed) if row.get("phase") == "ppo"]
-    assert found == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3], rel=1e-12)
+    assert found == pytest.approx([0.5e-4, 2e-4 / 3, 1e-4 / 3], rel=1e-12)
 
 
 def test_resumed_metrics_equal_the_uninterrupted_ones(story):

@@ -71,10 +71,10 @@ class Run:
     def weights(self):
         return gather_state(self.model)
 
-    def ppo(self, trajectory, advantages, returns, seed=0, lr_scale=1.0):
+    def ppo(self, trajectory, advantages, returns, seed=0, **scales):
         order = torch.Generator().manual_seed(seed)
         outcome = SimpleNamespace(advantages=advantages, returns=returns)
-        return self.updater.ppo(trajectory, outcome, self.unconditional, order, lr_scale)
+        return self.updater.ppo(trajectory, outcome, self.unconditional, order, **scales)
 
     def critic(self, trajectory, returns, epochs=1, seed=0):
         order = torch.Generator().manual_seed(seed)
@@ -365,8 +365,8 @@ def test_first_update_of_a_fresh_batch_has_ratio_one(start, at_once):
         trajectory = run.sample(transition)
         assert trajectory.trained_steps == TRAINED
         run.clock.read()
-        found = run.ppo(trajectory, *targets(trajectory), lr_scale=0.5)
-        assert [group["lr"] for group in run.engine.optimizer.param_groups] == [0.5e-4, 0.5e-3]
+        found = run.ppo(trajectory, *targets(trajectory), lr_scale=0.5, warm_up=0.25)
+        assert [group["lr"] for group in run.engine.optimizer.param_groups] == [0.125e-4, 0.5e-3]
         assert (found["first_ratio"], found["first_ratio_deviation"], found["first_clipfrac"]) == (1.0, 0.0, 0.0)
         assert found["ratio_max_deviation"] > 0  # the second update sees what the first has changed
         assert len(run.clock._spans) == 2 * 2 * TRAINED  # a forward and a backward of each micro-batch and step

@@ -1,5 +1,6 @@
-"""What the command lines have in common: other packages' chatter kept out, and mistakes told in one message."""
+"""What the command lines have in common: imports, other packages' chatter kept out, mistakes told in one message."""
 
+import gc
 import logging
 import os
 import sys
@@ -19,6 +20,18 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_matters)
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Around large ones: Python's collector, which would look through them again and again, rests. What they leave
+    stays for good, and it need not look there later either."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

@@ -54,24 +54,26 @@ def main() -> None:
 
 def train(args: argparse.Namespace) -> None:
     # After the arguments, so that --help and their mistakes answer at once.
-    from latent_critic.engine import run_folder
+    from latent_critic.engine import launch, run_folder
     from latent_critic.engine.config import load_config
     from latent_critic.engine.errors import UserError
 
     config = load_config(args.config, args.set)
     if args.plan is not None:
-        from latent_critic.engine.forecast import forecast
+        with launch.imports():
+            from latent_critic.engine.forecast import forecast
 
         if os.environ.get("RANK", "0") == "0":
             print(forecast(config, args.plan), flush=True)
-        return
+        os._exit(0)  # to take down what was imported would take Python another second
     run_dir = run_folder.choose(config.output_dir, args.resume)
-    import torch
-    from diffusers.utils.logging import disable_progress_bar
-    from torch.distributed import destroy_process_group
+    with launch.imports():
+        import torch
+        from diffusers.utils.logging import disable_progress_bar
+        from torch.distributed import destroy_process_group
 
-    from latent_critic.engine.sharding import init_distributed
-    from latent_critic.engine.trainer import Trainer
+        from latent_critic.engine.sharding import init_distributed
+        from latent_critic.engine.trainer import Trainer
 
     disable_progress_bar()  # of loading, which has no variable of the environment
     world = init_distributed()

@@ -24,13 +24,11 @@ def quiet() -> None:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Around large ones: Python's collector, which would look through them again and again, rests. What they leave
-    stays for good, and it need not look there later either."""
+    """Around large ones: Python's collector rests, which would look through what they leave again and again."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()
 
 

@@ -122,7 +122,7 @@ def _another(sizes: Any) -> Any:
     if isinstance(sizes, _Size):
         return torch.empty_strided(*sizes[:2], dtype=sizes.dtype, device="meta")
     kind, *rest = sizes
-    return kind(map(_another, rest)) if kind in (tuple, list) else rest[0]
+    return kind(map(_another, rest)) if issubclass(kind, tuple | list) else rest[0]
 
 
 def _memory(value: Any) -> set[int]:

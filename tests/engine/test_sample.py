@@ -62,7 +62,7 @@ def sample_grid():
 
 
 def test_a_run_is_drawn_as_it_was_evaluated(run, draw):
-    """By the weights of the last evaluation, not the first."""
+    """To the bit, in batches of the same size; by the weights of the last evaluation, not the first."""
     images, captions = draw("--run", run, "--count", 5, "--batch_size", 4)
     evaluations = sorted((run / "evaluations").glob("*.npz"))
     first, last = (np.load(evaluations[i])["images"] for i in (0, -1))

@@ -9,6 +9,7 @@ from .backbones.base import Backbone, Conditioning
 from .config import CriticConfig
 from .critic import Critic
 from .errors import UserError
+from .pixels import PixelTrunk, as_input
 
 
 class ActorCritic(nn.Module):
@@ -16,35 +17,42 @@ class ActorCritic(nn.Module):
 
     With `critic.trunk` = "shared-detached" the heads read the policy's features without a gradient into the trunk, with
     "shared" the value loss trains the trunk too. With "separate" they read those of `critic_trunk`, a copy that starts
-    as the policy's and has its frozen weights in common with it.
+    as the policy's and has its frozen weights in common with it; with "pixels" those of a transformer over the picture
+    that the policy predicts.
     """
 
-    def __init__(self, backbone: Backbone, config: CriticConfig, reward_names: list[str], guidance_scale: float = 1.0):
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: CriticConfig,
+        reward_names: list[str],
+        guidance_scale: float = 1.0,
+        with_reference: bool = False,
+    ):
+        """reward_names: what the critic has a value of each of; without any there is no critic, and values are [B, 0].
+        with_reference: keep the policy as it is now, for `reference_prediction`."""
         super().__init__()
         self.backbone = backbone
         self.reward_names = reward_names
         self.guidance_scale = guidance_scale
         self.detach = config.trunk == "shared-detached"
         self.trunk = backbone.trunk
-        self.critic_trunk = _twin(backbone.trunk) if config.trunk == "separate" else None
-        self.tap_indices = backbone.default_taps() if config.taps == "auto" else list(config.taps)
-        if not self.tap_indices or not all(0 <= i < backbone.depth for i in self.tap_indices):
-            raise UserError(
-                f"critic.taps: {self.tap_indices} - this model has blocks 0 to {backbone.depth - 1}; "
-                f'use "auto" ({backbone.default_taps()}) or list some of them'
-            )
-        tap_widths = [backbone.tap_width(i) for i in self.tap_indices]
-        if len(set(tap_widths)) > 1:
-            given = ", ".join(f"block {i} is {d} wide" for i, d in zip(self.tap_indices, tap_widths, strict=True))
-            every = ", ".join(str(backbone.tap_width(i)) for i in range(backbone.depth))
-            raise UserError(
-                f"critic.taps: {self.tap_indices} - the critic reads one width, but {given}; "
-                f'use "auto" ({backbone.default_taps()}) or list blocks of one width (from block 0: {every})'
-            )
-        taps, rewards = len(self.tap_indices), len(reward_names)
-        widths = tap_widths[0], backbone.text_width
-        self.critic = Critic(*widths, taps, rewards, config.dim, config.num_heads, config.timestep_adaln)
-        self._tapped = [self._tap(index) for index in self.tap_indices]
+        self.reference = _twin(backbone.trunk).requires_grad_(False) if with_reference else None
+        self.critic = self.critic_trunk = self.pixels = None
+        self.tap_indices, self._tapped = [], []
+        if not reward_names:
+            return
+        if config.trunk == "pixels":
+            self.pixels = PixelTrunk(backbone.resolution)
+            taps, width = 1, self.pixels.width
+        else:
+            self.critic_trunk = _twin(backbone.trunk) if config.trunk == "separate" else None
+            self.tap_indices, width = _choose_taps(backbone, config)
+            self._tapped = [self._tap(index) for index in self.tap_indices]
+            taps = len(self.tap_indices)
+        self.critic = Critic(
+            width, backbone.text_width, taps, len(reward_names), config.dim, config.num_heads, config.timestep_adaln
+        )
 
     def _tap(self, index: int) -> nn.Module:
         block, position = self.backbone.tap(self.critic_trunk or self.trunk, index)
@@ -57,7 +65,8 @@ class ActorCritic(nn.Module):
 
     @property
     def trunks(self) -> list[nn.Module]:
-        return [self.trunk] if self.critic_trunk is None else [self.trunk, self.critic_trunk]
+        """The policy's, and those beside it."""
+        return [trunk for trunk in (self.trunk, self.critic_trunk, self.reference) if trunk is not None]
 
     @property
     def policy_parameters(self) -> list[nn.Parameter]:
@@ -67,12 +76,12 @@ class ActorCritic(nn.Module):
     @property
     def critic_parameters(self) -> list[nn.Parameter]:
         """What is trained of the critic."""
-        parts = (*self.trunks[1:], self.critic)
+        parts = [part for part in (self.critic_trunk, self.pixels, self.critic) if part is not None]
         return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
     @property
     def units(self) -> list[nn.Module]:
-        """What ZeRO-3 gathers and reduces as a whole: blocks, and the critic's head.
+        """What ZeRO-3 gathers and reduces as a whole: blocks, and the critic's head and its transformer over pictures.
 
         Not the last block that a critic's own trunk is read at: a gradient enters it from inside of its call, and the
         unit would wait for one from outside.
@@ -81,7 +90,7 @@ class ActorCritic(nn.Module):
         if self.critic_trunk is not None:
             last, _ = self.backbone.tap(self.critic_trunk, max(self.tap_indices))
             blocks = [block for block in blocks if block is not last]
-        return [*blocks, self.critic]
+        return [*blocks, *(part for part in (self.pixels, self.critic) if part is not None)]
 
     def __deepcopy__(self, memo: dict) -> "ActorCritic":
         """Weights of its own, the same frozen parts around them."""
@@ -110,13 +119,44 @@ class ActorCritic(nn.Module):
         dtype = next(self.trunk.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
         pooled_text = self.backbone.pooled_text(conditioning)
-        inputs, steps = latents.to(dtype), timesteps
         if self.critic_trunk is not None:
             # At guidance 1, but for a distilled model: the critic reads the conditional branch alone.
-            self.backbone.predict(self.critic_trunk, inputs, steps, conditioning, guidance)
+            self.backbone.predict(self.critic_trunk, latents.to(dtype), timesteps, conditioning, guidance)
             values = self._values(timesteps, pooled_text)
             if values_only:
                 return None, values
+        prediction = self._predict(self.trunk, latents, timesteps, conditioning, unconditional, guidance)
+        if self.pixels is not None:
+            clean = self.backbone.clean(latents, prediction.detach(), timesteps)
+            tokens = self.pixels(as_input(self.backbone.decode(clean), dtype))
+            values = self.critic(tokens, timesteps=timesteps, pooled_text=pooled_text)
+        elif self.critic is None:
+            values = prediction.new_zeros(len(latents), 0)
+        elif self.critic_trunk is None:
+            values = self._values(timesteps, pooled_text)
+        return prediction, values
+
+    @torch.no_grad()
+    def reference_prediction(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, unconditional: Conditioning | None = None
+    ) -> Tensor:
+        """What the policy predicted when this was made: float32 [B, C, H, W], at the trained guidance."""
+        dtype = next(self.trunk.parameters()).dtype
+        conditioning = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
+        return self._predict(self.reference, latents, timesteps, conditioning, unconditional, self.guidance_scale)
+
+    def _predict(
+        self,
+        trunk: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning | None,
+        guidance: float,
+    ) -> Tensor:
+        """float32; the conditioning is of the trunk's type."""
+        dtype = next(self.trunk.parameters()).dtype
+        inputs, steps = latents.to(dtype), timesteps
         with_unconditional = self.backbone.needs_unconditional(guidance)
         if with_unconditional:
             conditioning = {
@@ -124,13 +164,11 @@ class ActorCritic(nn.Module):
                 for name, tensor in conditioning.items()
             }
             inputs, steps = torch.cat([inputs, inputs]), torch.cat([steps, steps])
-        prediction = self.backbone.predict(self.trunk, inputs, steps, conditioning, guidance).float()
+        prediction = self.backbone.predict(trunk, inputs, steps, conditioning, guidance).float()
         if with_unconditional:
             without, with_prompt = prediction.chunk(2)
             prediction = without + guidance * (with_prompt - without)
-        if self.critic_trunk is None:
-            values = self._values(timesteps, pooled_text)
-        return prediction, values
+        return prediction
 
     def _values(self, timesteps: Tensor, pooled_text: Tensor) -> Tensor:
         """What the critic makes of the features that the last forward of its trunk left behind."""
@@ -139,6 +177,25 @@ class ActorCritic(nn.Module):
             features = [tapped.detach() for tapped in features]
         tokens = [self.backbone.tokens(tapped) for tapped in features]
         return self.critic(*tokens, timesteps=timesteps, pooled_text=pooled_text)
+
+
+def _choose_taps(backbone: Backbone, config: CriticConfig) -> tuple[list[int], int]:
+    """Blocks to read, and their width. UserError unless the model has them and they are of one width."""
+    taps = backbone.default_taps() if config.taps == "auto" else list(config.taps)
+    if not taps or not all(0 <= i < backbone.depth for i in taps):
+        raise UserError(
+            f"critic.taps: {taps} - this model has blocks 0 to {backbone.depth - 1}; "
+            f'use "auto" ({backbone.default_taps()}) or list some of them'
+        )
+    widths = [backbone.tap_width(i) for i in taps]
+    if len(set(widths)) > 1:
+        given = ", ".join(f"block {i} is {d} wide" for i, d in zip(taps, widths, strict=True))
+        every = ", ".join(str(backbone.tap_width(i)) for i in range(backbone.depth))
+        raise UserError(
+            f"critic.taps: {taps} - the critic reads one width, but {given}; "
+            f'use "auto" ({backbone.default_taps()}) or list blocks of one width (from block 0: {every})'
+        )
+    return taps, widths[0]
 
 
 def _twin(trunk: nn.Module) -> nn.Module:

@@ -101,12 +101,16 @@ class CheckpointStore:
 
 
 def export(folder: Path, model: ActorCritic, config: Config, run_dir: Path, merge: bool = False) -> None:
-    """The trained policy with a model card, and `critic.safetensors`; a critic's own trunk is `critic_trunk/`.
+    """The trained policy with a model card, and the critic: `critic.safetensors`, its own trunk `critic_trunk/`.
 
     `pipeline/` is a stock diffusers folder; of a LoRA run `lora/` is what `load_lora_weights` takes, unless `merge`
     asks for a pipeline. Every rank calls it, or one process with the whole model.
     """
-    trunk, critic = gather_state(model.trunk), gather_state(model.critic)
+    trunk, critic = gather_state(model.trunk), {}
+    if model.critic is not None:
+        critic = gather_state(model.critic)
+    if model.pixels is not None:
+        critic |= {f"pixels.{name}": tensor for name, tensor in gather_state(model.pixels).items()}
     critic_trunk = None if model.critic_trunk is None else gather_state(model.critic_trunk)
     if not trunk:
         return  # another rank writes
@@ -121,8 +125,9 @@ def export(folder: Path, model: ActorCritic, config: Config, run_dir: Path, merg
     if critic_trunk is not None:
         with _new_folder(folder / "critic_trunk") as partial:
             backbone.save_trunk(critic_trunk, partial)
-    about = {"taps": json.dumps(model.tap_indices), "rewards": json.dumps(model.reward_names)}
-    save_file({name: t.contiguous() for name, t in critic.items()}, folder / "critic.safetensors", about)
+    if critic:
+        about = {"taps": json.dumps(model.tap_indices), "rewards": json.dumps(model.reward_names)}
+        save_file({name: t.contiguous() for name, t in critic.items()}, folder / "critic.safetensors", about)
 
 
 @contextlib.contextmanager

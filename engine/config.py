@@ -6,6 +6,7 @@ into words, for errors and for the table of configs/README.md.
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,6 +137,15 @@ class PromptsConfig(_Section):
     )
 
 
+class SDEWindowConfig(_Section):
+    """The stochastic, trained steps as a window that moves through the trajectory (MixGRPO, arXiv 2507.21802)."""
+
+    size: int = Field(2, ge=1, description="Steps of the window; the others are the ODE's and not trained")
+    every: int = Field(
+        4, ge=1, description="Iterations before the window moves on by one step; past the last it starts again"
+    )
+
+
 class RolloutConfig(_Section):
     """How trajectories are sampled."""
 
@@ -186,16 +196,26 @@ class RolloutConfig(_Section):
         description="The first steps, which are stochastic and trained; the others are the ODE's. null is all but the "
         "last, whose std is near 0 and likelihood explodes",
     )
+    sde_window: SDEWindowConfig | None = Field(
+        None,
+        description="Stochastic and trained are only the steps of a window, which moves through those that "
+        "`num_trained_steps` leaves; `{}` takes the defaults",
+    )
 
 
 class CriticConfig(_Section):
     """The value function on the noisy latents."""
 
-    trunk: Literal["shared-detached", "shared", "separate"] = Field(
+    trunk: Literal["shared-detached", "shared", "separate", "pixels"] = Field(
         "shared-detached",
         description="Heads read the policy's features without gradient into the trunk, or with it (`shared`), or those "
         "of a trunk of their own that starts as the policy's (`separate`: twice the forwards and the memory; with LoRA "
-        "both trunks have the frozen weights in common)",
+        "both trunks have the frozen weights in common), or those of a small ViT over the decoded prediction of the "
+        "clean picture (`pixels`, the field's usual critic, for comparison)",
+    )
+    heads: Literal["per-reward", "sum"] = Field(
+        "per-reward",
+        description="A value and an advantage for each reward, or one for their weighted sum (of standardised rewards)",
     )
     taps: list[Annotated[int, Field(ge=0)]] | Literal["auto"] = Field(
         "auto",
@@ -219,7 +239,17 @@ class CriticConfig(_Section):
 class AlgorithmConfig(_Section):
     """Advantages and losses."""
 
-    name: Literal["ppo"] = Field("ppo", description="Advantage estimator: `ppo` is GAE with the critic")
+    name: Literal["ppo", "grpo", "ddpo"] = Field(
+        "ppo",
+        description="Advantage estimator: `ppo` is GAE with the critic (arXiv 2605.27736); without a critic, `grpo` "
+        "compares a sample with others of its prompt (arXiv 2505.05470), `ddpo` with statistics (arXiv 2305.13301)",
+    )
+    group_size: int = Field(8, ge=2, description="grpo: samples of a prompt, which are compared with each other")
+    reward_statistics: Literal["global", "prompt"] = Field(
+        "global",
+        description="ddpo: mean and std are those of the iteration's rewards, or of the prompt's latest 16, once it "
+        "has as many (for prompts that come back often)",
+    )
     clip_range: float = Field(
         2e-3,
         gt=0,
@@ -239,6 +269,17 @@ class AlgorithmConfig(_Section):
     target_clip: float = Field(5.0, gt=0, description="Bound of a value target, in standard deviations of the reward")
     value_clip_range: float | None = Field(
         None, gt=0, description="PPO clip of the value around the rollout's value; null is none"
+    )
+    kl_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean squared distance of predictions from the base model's (Flow-GRPO's KL, 0.04 "
+        "there); above 0 the base model stays in memory and takes a forward of each training pass",
+    )
+    ratio_normalization: bool = Field(
+        False,
+        description="Ratios of mean 1 and of one scale at all denoising steps (GRPO-Guard, arXiv 2510.22319); "
+        "`clip_range` then bounds other numbers",
     )
 
 
@@ -381,43 +422,74 @@ class Config(_Section):
                 f"rollout.num_trained_steps = {rollout.num_trained_steps}: at most rollout.num_inference_steps = "
                 f"{rollout.num_inference_steps}"
             )
-        if self.algorithm.lam < 1 and self.training.critic_epochs == 0:
+        if self.has_critic and self.algorithm.lam < 1 and self.training.critic_epochs == 0:
             mistakes.append(
                 f"training.critic_epochs = 0: algorithm.lam = {self.algorithm.lam} needs 1 or more: no other pass "
                 "learns the values of steps that are not trained"
             )
+        if rollout.sde_window:
+            room = rollout.num_trained_steps or rollout.num_inference_steps - 1
+            if rollout.sde_window.size > room:
+                mistakes.append(
+                    f"rollout.sde_window.size = {rollout.sde_window.size}: at most {room}, the trained steps"
+                )
         if not any(reward.weight for reward in self.rewards):
             mistakes.append("rewards: each weight is 0; give one reward or more another weight")
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
 
+    @property
+    def has_critic(self) -> bool:
+        return self.algorithm.name == "ppo"
+
+    @property
+    def value_names(self) -> list[str]:
+        """What the critic has a head for each of: rewards, or their sum."""
+        if not self.has_critic:
+            return []
+        return ["sum"] if self.critic.heads == "sum" else [reward.name for reward in self.rewards]
+
+    @property
+    def samples_per_prompt(self) -> int:
+        return self.algorithm.group_size if self.algorithm.name == "grpo" else 1
+
     def critic_steps_per_forward(self, depth: int) -> int:
         """Denoising steps of a sample in a critic-only pass through a trunk of so many blocks."""
         steps = self.training.steps_per_forward
-        if self.critic.trunk == "separate":
+        if self.critic.trunk in ("separate", "pixels"):
             return steps  # its own trunk is trained: every block's activations are kept
         # A pass without the trunk's gradient keeps one block's activations, a training pass every block's (or with
         # checkpointing their inputs): so many steps of a sample at once need no more memory.
         return max(steps, depth // 8 if self.model.gradient_checkpointing else depth)
 
     def for_processes(self, world_size: int) -> "Config":
-        """This config, its micro-batch cut to a rank's share of one optimizer step where that is smaller.
+        """This config, its micro-batch cut to a rank's share of one optimizer step where that is smaller, and without
+        the training of a critic where there is none.
 
-        Raises UserError unless samples_per_iteration splits evenly over ranks, updates and micro-batches.
+        Raises UserError unless samples_per_iteration splits evenly over ranks, updates and micro-batches, and over
+        ranks in whole groups.
         """
         samples, updates = self.rollout.samples_per_iteration, self.training.updates_per_iteration
         micro_batch = max(1, min(self.rollout.micro_batch_size, samples // (updates * world_size)))
-        unit = micro_batch * updates * world_size
+        unit, processes = micro_batch * updates * world_size, f"{world_size} process{'es' if world_size > 1 else ''}"
+        factors = f"micro-batch {micro_batch} x training.updates_per_iteration {updates} x {processes}"
+        groups = self.samples_per_prompt * world_size
+        if samples % unit == 0 and samples % groups:
+            factors = f"({factors}) and of {groups} = algorithm.group_size {self.samples_per_prompt} x {processes}"
+            unit = math.lcm(unit, groups)
         if samples % unit == 0:
             rollout = self.rollout.model_copy(update={"micro_batch_size": micro_batch})
-            return self.model_copy(update={"rollout": rollout})
+            changes: dict[str, Any] = {"rollout": rollout}
+            if not self.has_critic:
+                without = {"value_pretraining_iterations": 0, "critic_epochs": 0}
+                changes["training"] = self.training.model_copy(update=without)
+            return self.model_copy(update=changes)
         below = samples // unit * unit
         valid = [below, below + unit] if below else [unit]
         nearest = min(valid, key=lambda n: abs(n - samples))
         raise UserError(
-            f"rollout.samples_per_iteration = {samples}: must be a multiple of {unit} = micro-batch {micro_batch} x "
-            f"training.updates_per_iteration {updates} x {world_size} process{'es' if world_size > 1 else ''}; "
+            f"rollout.samples_per_iteration = {samples}: must be a multiple of {unit} = {factors}; "
             f"nearest valid: {nearest}" + "".join(f" (or {n})" for n in valid if n != nearest)
         )
 

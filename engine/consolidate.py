@@ -29,7 +29,7 @@ def load_checkpoint(run: SavedRun, checkpoint: Path, averaged: bool = True, dtyp
     kind = resolve_dtype(dtype or about["dtype"], torch.device("cpu"))
     backbone = load_backbone(options.pretrained, options.max_sequence_length, options.resolution, kind)
     choose_trained(backbone.trunk, options.lora, backbone.lora_targets(), options.freeze)
-    model = ActorCritic(backbone, config.critic, [reward.name for reward in config.rewards])
+    model = ActorCritic(backbone, config.critic, config.value_names)
     state = _weights(checkpoint)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if missing := [name for name in trained if name not in state]:

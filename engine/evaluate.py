@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .algorithms import Algorithm
 from .backbones.base import Backbone
 from .config import Config
 from .embedded.scenes import parse
 from .errors import UserError
 from .prompts import Prompt
-from .reward_stats import RunningStandardizer
 from .rewards import Reward
 from .rollout import Rollout
 from .scoring import Scoring
@@ -24,14 +24,15 @@ from .world import World
 
 @dataclass
 class Evaluation:
-    """Results over all ranks, on the CPU. P prompts, R watched rewards, K steps, M trained rewards."""
+    """Results over all ranks, on the CPU. P prompts, R watched rewards, K steps, M heads of the critic, if there is
+    one: else values and returns are None."""
 
     prompts: list[Prompt]
     names: list[str]
     scores: Tensor  # [P, R] of deterministic (ODE) samples
     images: Tensor  # uint8 [S, H, W, 3]: the first S samples, for the grids
-    values: Tensor  # [P, K, M] along stochastic rollouts on the same prompts
-    returns: Tensor  # [P, K, M], what those rollouts earned, standardised
+    values: Tensor | None = None  # [P, K, M] along stochastic rollouts on the same prompts
+    returns: Tensor | None = None  # [P, K, M], what those rollouts earned, standardised
 
     @property
     def explained_variance(self) -> Tensor:
@@ -51,9 +52,10 @@ class Evaluation:
         strict = self.names.index("composition_strict") if "composition_strict" in self.names else 0
         for task in sorted(set(filter(None, tasks))):
             row[f"eval/task/{task}"] = self.scores[[t == task for t in tasks], strict].mean().item()
-        per_step = self.explained_variance.mean(1)
-        row["eval/explained_variance"] = per_step.mean().item()
-        row["eval/explained_variance_per_step"] = per_step.tolist()
+        if self.values is not None:
+            per_step = self.explained_variance.mean(1)
+            row["eval/explained_variance"] = per_step.mean().item()
+            row["eval/explained_variance_per_step"] = per_step.tolist()
         return row
 
     def save(self, path: Path, settings: dict) -> None:
@@ -62,7 +64,10 @@ class Evaluation:
         content = {"settings": settings, "prompts": [prompt.text for prompt in self.prompts], "scores": scores}
         path.parent.mkdir(exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps(content) + "\n")
-        np.savez(path, images=self.images, values=self.values.mean(2), rewards=self.returns[:, -1].mean(1))
+        critic = {}
+        if self.values is not None:
+            critic = {"values": self.values.mean(2), "rewards": self.returns[:, -1].mean(1)}
+        np.savez(path, images=self.images, **critic)
 
 
 class Evaluator:
@@ -78,32 +83,30 @@ class Evaluator:
         prompts: list[Prompt],
         trained: list[Reward],
         watched: list[Reward],
+        algorithm: Algorithm,
         schedule: Schedule,
     ):
+        """trained, watched: rewards. algorithm: knows the critic's units. schedule: of training, for the critic."""
         self.config, self.world, self.backbone = config, world, backbone
         self.prompts = [prompts[i % len(prompts)] for i in range(config.evaluation.num_prompts)]
         self.trained = trained
         names = {reward.name for reward in trained}
         self.rewards = trained + [reward for reward in watched if reward.name not in names]
-        self.schedule = schedule
+        self.algorithm, self.schedule = algorithm, schedule
         ode = backbone.schedule("ode", 0.0, config.evaluation.num_inference_steps)
         self.ode = ode.to(world.device)
 
-    def __call__(self, rollout: Rollout, standardizer: RunningStandardizer) -> Evaluation:
-        options, trained_guidance = self.config.evaluation, self.config.rollout.guidance_scale
+    def __call__(self, rollout: Rollout) -> Evaluation:
+        options, count = self.config.evaluation, self.config.evaluation.num_prompts
         images, scores, _ = self._sample(rollout, self.ode, options.guidance_scale, self.rewards)
-        _, earned, values = self._sample(rollout, self.schedule, trained_guidance, self.trained)
-        standardized = standardizer.standardize(earned) if standardizer.count > 0 else earned
-        returns = standardized[:, None].expand_as(values)
-        count = options.num_prompts
-        return Evaluation(
-            self.prompts,
-            [r.name for r in self.rewards],
-            scores[:count],
-            images[:count],
-            values[:count],
-            returns[:count],
-        )
+        names = [reward.name for reward in self.rewards]
+        found = Evaluation(self.prompts, names, scores[:count], images[:count])
+        if self.config.has_critic:
+            guidance = self.config.rollout.guidance_scale
+            _, raw, values = self._sample(rollout, self.schedule, guidance, self.trained)
+            found.values = values[:count]
+            found.returns = self.algorithm.earned(raw[:count])[:, None].expand_as(found.values)
+        return found
 
     def _sample(self, rollout: Rollout, schedule: Schedule, guidance: float, rewards: list[Reward]):
         """Images (first GRID), scores and values of all prompts, in their order, on every rank."""

@@ -108,10 +108,10 @@ def forecast(config: Config, devices: str) -> str:
     forecaster = Forecaster(config, device)
     sizes, memory = forecaster.sizes(config), forecaster.memory(config, processes)
     work = describe_work(resolved, sizes.trained_steps)
-    trained = "" if sizes.trained == sizes.policy + sizes.critic else f", of which {sizes.trained:,} are trained"
+    trained = "" if sizes.trained == sizes.policy + sizes.others else f", of which {sizes.trained:,} are trained"
     lines = {
         "planned": f"{processes} x {device}; DeepSpeed ZeRO stage {zero_stage(config)}",
-        "model": describe_model(config, sizes.policy, sizes.critic, dtype_of(config)) + trained,
+        "model": describe_model(config, sizes.policy, sizes.others, dtype_of(config)) + trained,
         **work,
         "pictures": _describe_pictures(resolved, processes),
         "compute": f"{sizes.passes.sampling.flops / 1e12:.3g} TFLOP a sample and denoising step, in training "

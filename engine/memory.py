@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .actor_critic import ActorCritic
 from .backbones.attention import set_attention_backend
@@ -15,6 +16,7 @@ from .config import Config
 from .gpus import GIB
 from .plan import count, state_bytes, zero_stage
 from .scoring import BATCH
+from .sde_window import build_schedules
 from .trainable import choose_trained
 from .transitions import trained_steps
 from .world import resolve_dtype
@@ -33,8 +35,9 @@ def build(config: Config) -> ActorCritic:
             backbone.fuse()
         if options.gradient_checkpointing:
             trunk.enable_gradient_checkpointing(checkpoint_on_gpu)
-        names = [reward.name for reward in config.rewards]
-        model = ActorCritic(backbone, config.critic, names, config.rollout.guidance_scale).eval()
+        with_reference = config.algorithm.kl_coef > 0
+        guidance = config.rollout.guidance_scale
+        model = ActorCritic(backbone, config.critic, config.value_names, guidance, with_reference).eval()
     model.to(META, dtype_of(config))
     for trunk in model.trunks:
         set_attention_backend(trunk, "auto")
@@ -68,7 +71,12 @@ class Passes(NamedTuple):
 
         with torch.no_grad():
             sampling = cost()
-        training = cost()
+
+        def run() -> list[Tensor]:
+            reference = [model.reference_prediction(*inputs)] if model.reference is not None else []
+            return [*model(*inputs), *reference]
+
+        training = Cost(*(number / samples for number in cost_of(run, present)))
         policy = model.policy_parameters
         for parameter in policy:
             parameter.requires_grad_(False)
@@ -84,7 +92,7 @@ class Sizes:
 
     # Parameters
     policy: int
-    critic: int
+    others: int  # a critic's, a reference's
     trained: int  # of both
     trained_policy: int
     tensors: list[int]  # of each
@@ -104,17 +112,15 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Config) -> "Sizes":
-        model, sampler = build(config), config.rollout
+        model = build(config)
         backbone, policy = model.backbone, count(model.trunk)
         vae, latents = backbone.pipe.vae, torch.empty(2, *backbone.latent_shape, device=META)
-        schedule = backbone.schedule(
-            sampler.transition, sampler.noise_level, sampler.num_inference_steps, sampler.num_trained_steps
-        )
-        guided = [backbone.needs_unconditional(o.guidance_scale) for o in (config.evaluation, sampler)]
+        schedule = build_schedules(backbone, config.rollout)[0]
+        guided = [backbone.needs_unconditional(o.guidance_scale) for o in (config.evaluation, config.rollout)]
         weight = dtype_of(config).itemsize
         return cls(
             policy=policy,
-            critic=count(model) - policy,
+            others=count(model) - policy,
             trained=count(model, trained_only=True),
             trained_policy=count(model.trunk, trained_only=True),
             tensors=[parameter.numel() for parameter in model.parameters()],
@@ -171,7 +177,7 @@ def memory_of(config: Config, processes: int, capacity: float, sizes: Sizes) -> 
     """config: for so many processes. capacity: of a GPU, by which the engine chooses the weights that sample."""
     rollout, training, dtype = config.rollout, config.training, dtype_of(config)
     zero, stage = config.deepspeed.get("zero_optimization", {}), zero_stage(config)
-    parameters = sizes.policy + sizes.critic
+    parameters = sizes.policy + sizes.others
     whole = parameters * dtype.itemsize + sizes.buffers
     around = {"autoencoder": sizes.autoencoder, "CUDA, allocator": CONTEXT}
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from .errors import TrainingError, UserError
 
 METRICS_FILE = "metrics.jsonl"
-PHASES = {"value_pretraining": "value pretraining", "ppo": "PPO"}
+PRETRAINING = "value_pretraining"
+PHASES = {PRETRAINING: "value pretraining", "ppo": "PPO", "grpo": "GRPO", "ddpo": "DDPO"}
 
 _WANDB_ID_FILE = "wandb_run_id"
 _SECONDS_BETWEEN_LINES = 10.0  # where the progress bar goes to a file

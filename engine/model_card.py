@@ -23,19 +23,32 @@ def write_model_card(folder: Path, config: Config, run_dir: Path) -> None:
         "base model": model.pretrained if is_hub_id else Path(model.pretrained).name,
         "trained": trained + (f", less {', '.join(model.freeze)}" if model.freeze else ""),
         "rewards": ", ".join(f"{reward.name} x {reward.weight:g}" for reward in config.rewards),
-        "algorithm": f"PPO with a critic on noisy latents (arXiv 2605.27736), critic trunk {config.critic.trunk}",
+        "algorithm": _algorithm(config),
         "iterations": f"{config.training.iterations} of {rollout.samples_per_iteration} images, "
-        f"{config.training.updates_per_iteration} updates each, after "
-        f"{config.training.value_pretraining_iterations} of value pretraining",
+        f"{config.training.updates_per_iteration} updates each"
+        + (f", after {config.training.value_pretraining_iterations} of value pretraining" if config.has_critic else ""),
         "sampling in training": f"{rollout.transition}, noise {rollout.noise_level:g}, "
         f"{rollout.num_inference_steps} steps, guidance {rollout.guidance_scale:g}",
-        "learning rates": f"policy {options.policy_lr:g}, critic {options.critic_lr:g}",
+        "learning rates": f"policy {options.policy_lr:g}"
+        + (f", critic {options.critic_lr:g}" if config.has_critic else ""),
         "weights": f"running average, decay {config.training.ema_decay:g}" if config.training.ema_decay else "the last",
     }
     lines = ["", f"# {recipe['base model']}, post-trained with latent-critic", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in recipe.items()]
     lines += ["", *_scores(run_dir), "## Use", "", "```python", *_usage(config), "```", ""]
     ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines)).save(folder / "README.md")
+
+
+def _algorithm(config: Config) -> str:
+    options = config.algorithm
+    words = {
+        "grpo": f"GRPO (arXiv 2505.05470), groups of {options.group_size}",
+        "ddpo": f"DDPO (arXiv 2305.13301), reward statistics: {options.reward_statistics}",
+        "ppo": f"PPO with a critic on noisy latents (arXiv 2605.27736), critic trunk {config.critic.trunk}",
+    }
+    if config.critic.trunk == "pixels":
+        words["ppo"] = "PPO with a critic on decoded predictions"
+    return words[options.name] + (f", KL {options.kl_coef:g}" if options.kl_coef else "")
 
 
 def _scores(run_dir: Path) -> list[str]:

@@ -7,9 +7,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from .advantages import explained_variance, gae, normalize
-from .config import AlgorithmConfig
-from .reward_stats import RunningStandardizer
+from .advantages import explained_variance
+from .algorithms import Algorithm
 from .scoring import Scoring
 from .trajectory import Trajectory
 
@@ -29,7 +28,7 @@ def _once(compute: Callable[["Outcome"], T]) -> T:
 
 
 class Outcome:
-    """N samples, K steps of which T are trained, M rewards of the given weights [M].
+    """N samples, K steps of which T are trained, M rewards.
 
     Everything here waits, the first time it is asked for, until the last pictures are scored (`seconds` tells how
     long), and every rank must ask at the same point. An update asks after its first forward, which needs none of it:
@@ -40,40 +39,31 @@ class Outcome:
         self,
         trajectory: Trajectory,
         scoring: Scoring,
-        standardizer: RunningStandardizer,
-        algorithm: AlgorithmConfig,
-        weights: Tensor,
+        algorithm: Algorithm,
     ):
-        self._trajectory, self._scoring, self._standardizer = trajectory, scoring, standardizer
-        self._algorithm, self._weights = algorithm, weights
+        self._trajectory, self._scoring, self._algorithm = trajectory, scoring, algorithm
         self.seconds = 0.0
         self._turn, self._found = RLock(), {}
 
     @_once
     def raw(self) -> Tensor:
-        """Rewards as they were given, float32 [N, M]. The standardizer learns them here."""
+        """Rewards as they were given, float32 [N, M]. The algorithm observes them here."""
         began = time.perf_counter()
         raw = self._scoring.result()[1].to(self._trajectory.values.device)
         self.seconds = time.perf_counter() - began
-        self._standardizer.update(raw)
+        self._algorithm.observe(raw, self._trajectory.prompts)
         return raw
-
-    @_once
-    def rewards(self) -> Tensor:
-        """Standardised, [N, M]."""
-        return self._standardizer.standardize(self.raw)
 
     @_once
     def advantages(self) -> Tensor:
         """What the policy learns, of all rewards together and normalised: [N, T]."""
-        algorithm, trained = self._algorithm, self._trajectory.trained_steps
-        advantages, _ = gae(self.rewards, self._trajectory.values, algorithm.gamma, algorithm.lam)
-        return normalize(advantages[:, :trained], self._weights, algorithm.advantage_clip)
+        it = self._trajectory
+        return self._algorithm.advantages(self.raw, it.values, it.trained_steps, it.prompts)
 
     @_once
     def returns(self) -> Tensor:
-        """What the critic learns, [N, K, M]: without bootstrapping, since a critic taught by itself drifts."""
-        return gae(self.rewards, self._trajectory.values, self._algorithm.gamma, lam=1.0)[1]
+        """What the critic learns, [N, K, heads]."""
+        return self._algorithm.returns(self.raw, self._trajectory.values)
 
     @_once
     def explained_variance(self) -> Tensor:

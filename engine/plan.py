@@ -66,7 +66,7 @@ def _repeat(x: torch.Tensor | dict, times: int) -> torch.Tensor | dict:
 
 def _loss(outputs) -> torch.Tensor:
     prediction, values = outputs
-    return prediction.square().mean() + values.square().mean()
+    return prediction.square().mean() + values.square().sum()  # of no values, without a critic, 0
 
 
 def _seconds(run) -> float:
@@ -139,7 +139,7 @@ def state_bytes(trained: int, frozen: int, dtype: torch.dtype, stage: int, proce
 
 
 class Seconds(NamedTuple):
-    """Of a PPO iteration, and of the whole run with its evaluations."""
+    """Of an iteration of the policy's training, and of the whole run with its evaluations."""
 
     iteration: float
     total: float
@@ -167,8 +167,10 @@ def zero_stage(config: Config) -> int:
     return config.deepspeed.get("zero_optimization", {}).get("stage", 0)
 
 
-def describe_model(config: Config, policy: int, critic: int, dtype: torch.dtype) -> str:
-    return f"{config.model.pretrained}: policy {policy:,} + critic {critic:,} parameters, {_name(dtype)}"
+def describe_model(config: Config, policy: int, others: int, dtype: torch.dtype) -> str:
+    beside = [*(["critic"] if config.has_critic else []), *(["reference"] if config.algorithm.kl_coef else [])]
+    text = f"{config.model.pretrained}: policy {policy:,}" + (f" + {' and '.join(beside)} {others:,}" if beside else "")
+    return f"{text} parameters, {_name(dtype)}"
 
 
 def describe_work(config: Config, trained_steps: int) -> dict[str, str]:
@@ -178,15 +180,17 @@ def describe_work(config: Config, trained_steps: int) -> dict[str, str]:
         "sampling": f"{rollout.transition}, {rollout.num_inference_steps} steps of which {trained_steps} are trained, "
         f"guidance {rollout.guidance_scale:g}",
         "iteration": f"{rollout.samples_per_iteration} samples in micro-batches of {rollout.micro_batch_size}, "
-        f"{config.training.updates_per_iteration} updates",
+        f"{config.training.updates_per_iteration} updates"
+        + (f", groups of {config.samples_per_prompt}" if config.samples_per_prompt > 1 else ""),
         "rewards": ", ".join(f"{reward.name} x {reward.weight:g}" for reward in config.rewards),
     }
 
 
 def describe_length(config: Config, seconds: Seconds) -> str:
     training = config.training
+    pretraining = f"{training.value_pretraining_iterations} value-pretraining + " if config.has_critic else ""
     return (
-        f"{training.value_pretraining_iterations} value-pretraining + {training.iterations} PPO iterations, "
+        f"{pretraining}{training.iterations} {config.algorithm.name.upper()} iterations, "
         f"about {_duration(seconds.total)} ({seconds.iteration:.1f} s an iteration)"
     )
 

@@ -20,6 +20,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 
+from . import metrics
+
 Rows = Sequence[dict[str, Any]]
 
 # Okabe and Ito's palette: told apart with any colour vision
@@ -226,7 +228,7 @@ def _panels(rows: Rows) -> list[tuple[str, Callable[[Axes], None]]]:
 
 def _pretraining(rows: Rows) -> tuple[float, float] | None:
     """First and last iteration of value pretraining, half an iteration wider on both sides."""
-    iterations = [row["iteration"] for row in rows if row.get("phase") == "value_pretraining"]
+    iterations = [row["iteration"] for row in rows if row.get("phase") == metrics.PRETRAINING]
     return (min(iterations) - 0.5, max(iterations) + 0.5) if iterations else None
 
 

@@ -106,6 +106,7 @@ class Rollout:
                     conditioning=batch.conditioning,
                     prompts=list(prompts[batch.rows]),
                     sample_indices=sample_indices[batch.rows],
+                    seed=seed,
                 )
                 parts[batch.rows.start] = part
                 finished(batch.rows.start, part)

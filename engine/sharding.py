@@ -18,8 +18,6 @@ from .optimizer import PhasedAdamW
 from .units import make_units
 from .world import World, resolve_dtype
 
-POLICY, CRITIC = 0, 1  # parameter groups, in this order
-
 
 def init_distributed() -> World:
     """Joins the `deepspeed` launcher's processes, or stands alone under plain `python`: nccl on GPUs, else gloo."""
@@ -55,7 +53,8 @@ def cores_of_this_process() -> int:
 
 
 def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpeedEngine:
-    """Wraps the actor-critic, already of its dtype, in DeepSpeed: policy and critic are parameter groups of their own.
+    """Wraps the actor-critic, already of its dtype, in DeepSpeed: policy and critic are parameter groups of their own,
+    in this order.
 
     The policy is what requires a gradient of the trunk: with LoRA, the adapters.
     Raises UserError where DeepSpeed refuses the `deepspeed` section.
@@ -63,11 +62,11 @@ def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpe
     options = config.optimizer
     dtype = resolve_dtype(config.model.dtype, world.device)
     policy = model.policy_parameters
+    groups = [{"params": policy, "lr": options.policy_lr}]
+    if model.critic_parameters:
+        groups.append({"params": model.critic_parameters, "lr": options.critic_lr})
     optimizer = PhasedAdamW(
-        [
-            {"params": policy, "lr": options.policy_lr},
-            {"params": model.critic_parameters, "lr": options.critic_lr},
-        ],
+        groups,
         betas=options.betas,
         weight_decay=options.weight_decay,
         fused=True,  # one pass over memory: on a CPU a sixth of the default's time
@@ -97,8 +96,8 @@ def set_learning_rates(engine: deepspeed.DeepSpeedEngine, policy: float, critic:
 
     What was frozen when the engine was made stays so.
     """
-    groups = engine.optimizer.param_groups
-    groups[POLICY]["lr"], groups[CRITIC]["lr"] = policy, critic
+    for group, rate in zip(engine.optimizer.param_groups, (policy, critic), strict=False):  # there may be no critic
+        group["lr"] = rate
     for parameter in engine.policy_parameters:
         parameter.requires_grad_(policy > 0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from . import reports
-from .metrics import read_metrics
+from .metrics import PRETRAINING, read_metrics
 
 PAIRS = 16  # in comparison.png
 
@@ -35,8 +35,10 @@ def summarize(run_dir: Path) -> str:
     )
     rows = read_metrics(run_dir)
     reports.plot_curves(rows, run_dir / "curves.png")
-    scatter = {"values": after["values"], "rewards": after["rewards"]}
-    reports.plot_critic(rows, scatter, run_dir / "critic.png")
+    has_critic = "values" in after
+    if has_critic:
+        scatter = {"values": after["values"], "rewards": after["rewards"]}
+        reports.plot_critic(rows, scatter, run_dir / "critic.png")
 
     settings, count = first["settings"], len(first["prompts"])
     lines = [
@@ -48,17 +50,18 @@ def summarize(run_dir: Path) -> str:
         a, b = (np.array(content["scores"][name]) for content in (first, last))
         error = (b - a).std(ddof=1) / count**0.5
         lines.append(f"  {name:<24} {a.mean():.4f} -> {b.mean():.4f}   ({(b - a).mean():+.4f} +- {error:.4f})")
-    overhead = [row["overhead"] for row in rows if row.get("phase") == "ppo"]
+    overhead = [row["overhead"] for row in rows if row.get("phase", PRETRAINING) != PRETRAINING]
     if overhead:
         lines.append(
             f"overhead: an iteration takes {np.median(overhead):.3f} x its trunk forwards and backwards (median)"
         )
     is_lora = (run_dir / "lora").is_dir()
     exported = "lora (load_lora_weights)" if is_lora else "pipeline (DiffusionPipeline.from_pretrained)"
+    critic = [", critic.png", ", critic.safetensors"] if has_critic else ["", ""]
     lines += [
-        f"pictures:   {run_dir}/comparison.png, samples_before.png, samples_after.png, curves.png, critic.png",
+        f"pictures:   {run_dir}/comparison.png, samples_before.png, samples_after.png, curves.png{critic[0]}",
         f"metrics:    {run_dir}/metrics.jsonl, evaluations/, tensorboard/",
-        f"model:      {run_dir}/{exported}, critic.safetensors",
+        f"model:      {run_dir}/{exported}{critic[1]}",
         f"checkpoint: {run_dir}/checkpoints (--resume auto)",
     ]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from . import reports
 from .actor_critic import ActorCritic
 from .advantages import mean_and_variance
+from .algorithms import build_algorithm
 from .backbones import load_backbone
 from .backbones.attention import set_attention_backend
 from .backbones.base import Backbone, Conditioning
@@ -21,16 +22,16 @@ from .ema import WeightAverage
 from .errors import UserError
 from .evaluate import Evaluation, Evaluator
 from .inference_copy import InferenceCopy
-from .metrics import MetricsLogger, ProgressBar, read_metrics
+from .metrics import PRETRAINING, MetricsLogger, ProgressBar, read_metrics
 from .outcome import Outcome
 from .passes import EnginePasses, Passes, SideBySidePasses
 from .plan import describe_plan, measure
 from .prompt_cache import PromptCache
 from .prompts import PromptSampler, load_prompts
-from .reward_stats import RunningStandardizer
 from .rewards import build_rewards, check_prompts
 from .rollout import Rollout
 from .scoring import Scoring
+from .sde_window import build_schedules, place
 from .sharding import shard
 from .summary import summarize
 from .trainable import choose_trained
@@ -68,14 +69,11 @@ class Trainer:
         self.backbone.to(world.device)
         if options.gradient_checkpointing:
             trunk.enable_gradient_checkpointing()
-        sampler = config.rollout
-        self.schedule = self.backbone.schedule(
-            sampler.transition, sampler.noise_level, sampler.num_inference_steps, sampler.num_trained_steps
-        ).to(world.device)
-        self.trained = int(trained_steps(self.schedule.table).sum())
+        self.schedules = [schedule.to(world.device) for schedule in build_schedules(self.backbone, config.rollout)]
 
-        names = [reward.name for reward in self.rewards]
-        self.model = ActorCritic(self.backbone, config.critic, names, config.rollout.guidance_scale).eval()
+        with_reference = config.algorithm.kl_coef > 0
+        guidance = config.rollout.guidance_scale
+        self.model = ActorCritic(self.backbone, config.critic, config.value_names, guidance, with_reference).eval()
         self.model.to(world.device, dtype)
         for trunk in self.model.trunks:
             self.attention = set_attention_backend(trunk, options.attention_backend)
@@ -93,8 +91,11 @@ class Trainer:
         decay = config.training.ema_decay
         self.average = WeightAverage(self.engine.policy_parameters, decay) if decay else None
         self.updater = Updater(self.engine, self._passes(), config, world, self.average)
-        self.standardizer = RunningStandardizer(len(names))
-        self.evaluator = Evaluator(config, world, self.backbone, held_out, self.rewards, watched, self.schedule)
+        weights = torch.tensor([reward.weight for reward in self.rewards], device=world.device)
+        self.algorithm = build_algorithm(config, weights)
+        self.evaluator = Evaluator(
+            config, world, self.backbone, held_out, self.rewards, watched, self.algorithm, self.schedules[0]
+        )
         self.store = CheckpointStore(run_dir, world, self.model)
 
     # -------------------------------------------------------------------------------------------------- one iteration
@@ -108,8 +109,7 @@ class Trainer:
         scoring = Scoring(self.backbone, self.rewards)
         trajectory = self.sample(iteration, scoring)
         sampled = time.perf_counter()
-        weights = torch.tensor([reward.weight for reward in self.rewards], device=self.world.device)
-        outcome = Outcome(trajectory, scoring, self.standardizer, config.algorithm, weights)
+        outcome = Outcome(trajectory, scoring, self.algorithm)
 
         order = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
         work = trajectory, outcome, self._unconditional(), order
@@ -117,24 +117,25 @@ class Trainer:
             update = self.updater.critic(*work, config.training.value_pretraining_epochs)
         else:
             lr_scale, warm_up = self._lr_scales(iteration)
-            update = self.updater.ppo(*work, lr_scale, warm_up)
+            update = self.updater.policy(*work, lr_scale, warm_up)
             update["learning_rate"] = warm_up * lr_scale * config.optimizer.policy_lr
             if config.training.critic_epochs:
                 self.updater.critic(*work, config.training.critic_epochs, lr_scale)
-        explained = outcome.explained_variance
+        mean, variance, count = mean_and_variance(outcome.raw, (0,))
         ended = time.perf_counter()
 
-        mean, variance, count = mean_and_variance(outcome.raw, (0,))
-        row = {"phase": "value_pretraining" if pretraining else "ppo", "samples": count}
+        row = {"phase": PRETRAINING if pretraining else config.algorithm.name, "samples": count}
         for m, reward in enumerate(self.rewards):
             row[f"reward/{reward.name}"] = mean[m].item()
             row[f"reward/{reward.name}_std"] = variance[m].sqrt().item()
+        if config.has_critic:
+            explained = outcome.explained_variance
+            row["explained_variance"] = explained.mean().item()
+            row["explained_variance_per_step"] = explained.tolist()
         trunk = self.clock.read()
         return {
             **row,
             **update,
-            "explained_variance": explained.mean().item(),
-            "explained_variance_per_step": explained.tolist(),
             "seconds": ended - began,
             "seconds/rollout": sampled - began,
             "seconds/rewards": outcome.seconds,
@@ -144,14 +145,15 @@ class Trainer:
 
     def sample(self, iteration: int, scoring: Scoring) -> Trajectory:
         """This rank's share of the iteration's rollouts, handed to `scoring` as they end."""
-        total = self.config.rollout.samples_per_iteration
+        total, repeats = self.config.rollout.samples_per_iteration, self.config.samples_per_prompt
         share = total // self.world.size
         mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        prompts = [prompt for prompt in self.sampler.batch(iteration, total // repeats) for _ in range(repeats)]
         self.refresh()
         return self.rollout(
-            self.sampler.batch(iteration, total)[mine],
+            prompts[mine],
             torch.arange(total)[mine] + iteration * total,
-            schedule=self.schedule,
+            schedule=self.schedules[place(self.config.rollout, iteration, len(self.schedules))],
             seed=self.config.seed,
             finished=scoring.submit,
         )
@@ -180,7 +182,8 @@ class Trainer:
             self._make_run_dir()
             save_config(self.config, self.run_dir / "config.json")
             where = self.attention, self.weights.description, self.rollout.describe()
-            plan = describe_plan(self.config, self.world, self.model, self.trained, self.cost, *where)
+            trained = int(trained_steps(self.schedules[0].table).sum())
+            plan = describe_plan(self.config, self.world, self.model, trained, self.cost, *where)
             print(f"latent-critic: {self.run_dir}\n{plan}", flush=True)
             logging = self.config.logging
             log = MetricsLogger(
@@ -203,7 +206,7 @@ class Trainer:
             if main:
                 log.log(done, row)
                 progress.update(row)
-                if row["phase"] == "ppo":
+                if row["phase"] != PRETRAINING:
                     first = (row["first_ratio"], row["first_ratio_deviation"], row["first_clipfrac"])
                     progress.explain_first_update(*first)
             if last or done % training.checkpoint_every == 0:
@@ -229,7 +232,7 @@ class Trainer:
         """Held-out scores, kept in `evaluations/` with the settings that repeat them."""
         with self._averaged():
             self.refresh()
-            result = self.evaluator(self.rollout, self.standardizer)
+            result = self.evaluator(self.rollout)
         if self.world.is_main:
             settings = {**self.config.evaluation.model_dump(mode="json"), "prompts": self.config.prompts.eval}
             result.save(self.run_dir / "evaluations" / f"iteration-{iteration:06d}", settings)
@@ -241,7 +244,7 @@ class Trainer:
 
     def _load(self, iteration: int) -> None:
         state, here = self.store.load(self.engine, iteration)
-        self.standardizer.load_state_dict(state)
+        self.algorithm.load_state_dict(state)
         if self.average and here:
             self.average.load_state_dict(here)
         elif self.average:
@@ -249,7 +252,7 @@ class Trainer:
 
     def _save(self, iteration: int) -> None:
         here = self.average.state_dict() if self.average else {}
-        self.store.save(self.engine, iteration, self.standardizer.state_dict(), here)
+        self.store.save(self.engine, iteration, self.algorithm.state_dict(), here)
         if self.world.is_main:
             reports.plot_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
 
@@ -290,7 +293,7 @@ class Trainer:
         prompts = self.sampler.batch(0, self.config.rollout.samples_per_iteration)[:size]
         latents = torch.zeros(size, *self.backbone.latent_shape, device=self.world.device)
         conditioning = self.encode([prompt.text for prompt in prompts])
-        return latents, self.schedule.timesteps[0].expand(size), conditioning, self._unconditional()
+        return latents, self.schedules[0].timesteps[0].expand(size), conditioning, self._unconditional()
 
     def _unconditional(self) -> Conditioning | None:
         guided = self.backbone.needs_unconditional(self.config.rollout.guidance_scale)

@@ -15,17 +15,19 @@ class Trajectory:
 
     latents: Tensor  # [N, K + 1, C, H, W]; [:, 0] is noise, [:, K] clean
     log_probs: Tensor  # [N, K], of the stored next latents, under the policy that drew them
-    values: Tensor  # [N, K, M], in units of the standardised reward
+    values: Tensor  # [N, K, M], in units of the standardised reward; M is 0 without a critic
     timesteps: Tensor  # [K], 0..1000
     table: Tensor  # [K, 3], the transition's (a, b, s)
     conditioning: Conditioning
     prompts: list[Prompt]
-    sample_indices: Tensor  # [N] int64, global
+    sample_indices: Tensor  # [N] int64, global, which key the noise together with the seed
+    seed: int
 
     @property
-    def trained_steps(self) -> int:
-        """The leading steps with a likelihood; what follows them is deterministic."""
-        return int((self.table[:, 2] > 0).sum())
+    def trained_steps(self) -> slice:
+        """The steps with a likelihood, one after another; the others are deterministic."""
+        stochastic = (self.table[:, 2] > 0).nonzero().flatten().tolist()
+        return slice(stochastic[0], stochastic[-1] + 1)
 
 
 def concatenate(parts: list[Trajectory]) -> Trajectory:
@@ -40,4 +42,5 @@ def concatenate(parts: list[Trajectory]) -> Trajectory:
         conditioning={name: torch.cat([p.conditioning[name] for p in parts]) for name in first.conditioning},
         prompts=[prompt for p in parts for prompt in p.prompts],
         sample_indices=torch.cat([p.sample_indices for p in parts]),
+        seed=first.seed,
     )

@@ -1,4 +1,4 @@
-"""Optimizer steps on a rollout: PPO for policy and critic together, and critic-only passes.
+"""Optimizer steps on a rollout: the clipped loss of the policy, together with the critic's, and critic-only passes.
 
 A forward takes one rollout micro-batch at one denoising step, exactly as it was sampled: same samples, same shapes,
 same kernels. So the first update of a fresh batch has ratio 1 to the last bit. With `training.steps_per_forward` it
@@ -16,12 +16,12 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from ..kernels.ppo import PPOClips, ppo_loss, value_loss
-from ..kernels.transition import transition_log_prob
+from ..kernels.ppo import PPOClips, policy_loss, ppo_loss, value_loss
 from .backbones.base import Conditioning
 from .config import Config
 from .ema import WeightAverage
 from .errors import TrainingError
+from .likelihood import likelihood, normalize_ratios
 from .outcome import Outcome
 from .passes import Forward, Part, Pass, Passes
 from .rollout import LEAST, rows
@@ -37,12 +37,12 @@ def split(whole: slice, count: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
-def parts_of(batches: Sequence[slice], steps: int, steps_per_forward: int, at_once: int) -> list[Part]:
-    """Every step 0 .. steps - 1 of every sample of some micro-batches, in parts that each have a forward.
+def parts_of(batches: Sequence[slice], steps: slice, steps_per_forward: int, at_once: int) -> list[Part]:
+    """Each of these steps of every sample of some micro-batches, in parts that each have a forward.
 
     Micro-batches are split where that lets `at_once` passes side by side end together.
     """
-    spans = split(slice(0, steps), math.ceil(steps / steps_per_forward))
+    spans = split(steps, math.ceil((steps.stop - steps.start) / steps_per_forward))
     smaller = at_once // math.gcd(at_once, len(batches) * len(spans))
     most = max(1, (batches[0].stop - batches[0].start) // LEAST)
     samples = [part for batch in batches for part in split(batch, min(smaller, most))]
@@ -67,7 +67,7 @@ class Updater:
         self.clips = PPOClips(algorithm.clip_range, algorithm.value_clip_range, algorithm.target_clip)
         self.critic_steps = config.critic_steps_per_forward(engine.module.backbone.depth)
 
-    def ppo(
+    def policy(
         self,
         trajectory: Trajectory,
         outcome: Outcome,
@@ -76,7 +76,7 @@ class Updater:
         lr_scale: float = 1.0,
         warm_up: float = 1.0,
     ) -> dict[str, float]:
-        """`updates_per_iteration` steps on policy and critic, each on its own share of the samples.
+        """`updates_per_iteration` steps on policy and, if there is one, critic, each on its own share of the samples.
 
         One loss and one backward per micro-batch: under ZeRO-3 a forward takes no second one. The first forward runs
         before the outcome is asked for. lr_scale: of both learning rates; warm_up: of the policy's. Returns the
@@ -91,20 +91,21 @@ class Updater:
             self._step(parts, forward, log)
             if self.average:
                 self.average.update()
-        names = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "old_approx_kl", "clipfrac")
+        names = ("policy_loss", "value_loss", "ratio_mean", "approx_kl", "old_approx_kl", "clipfrac", "reference_kl")
         sums = torch.stack([terms.sum(0) for terms in log["terms"]])  # [updates, statistics]
         means = _mean_over_ranks(sums.mean(0))
         deviation = _max_over_ranks(torch.stack([terms[:, len(names)].amax() for terms in log["terms"]]))
         drift = _mean_over_ranks(sums[0, len(names) + 1 :])
+        there = {"value_loss": self.config.has_critic, "reference_kl": self.config.algorithm.kl_coef > 0}
+        norms = {f"grad_norm/{part}": sum(log[part]) / len(log[part]) for part in ("actor", "critic") if log[part]}
         return {
-            **dict(zip(names, means.tolist(), strict=False)),
+            **{name: mean for name, mean in zip(names, means.tolist(), strict=False) if there.get(name, True)},
             "first_ratio": sums[0, 2].item(),
             "first_clipfrac": sums[0, 5].item(),
             "first_ratio_deviation": deviation[0].item(),
             "ratio_max_deviation": deviation.max().item(),
             "first_log_prob_drift_per_step": drift.tolist(),
-            "grad_norm/actor": sum(log["actor"]) / len(log["actor"]),
-            "grad_norm/critic": sum(log["critic"]) / len(log["critic"]),
+            **norms,
         }
 
     def critic(
@@ -125,7 +126,7 @@ class Updater:
         set_learning_rates(self.engine, 0.0, lr_scale * self.config.optimizer.critic_lr)
         for _ in range(epochs):
             for batches in self._batches(trajectory, order):
-                parts = self._parts(batches, trajectory.values.shape[1], self.critic_steps)
+                parts = self._parts(batches, slice(0, trajectory.values.shape[1]), self.critic_steps)
                 self._step(parts, forward, log)
         losses = _mean_over_ranks(torch.stack([terms.sum(0) for terms in log["terms"]]).mean(0))
         return {"value_loss": losses[1].item(), "grad_norm/critic": sum(log["critic"]) / len(log["critic"])}
@@ -137,7 +138,7 @@ class Updater:
         share = count // self.config.training.updates_per_iteration
         return [shuffled[start : start + share] for start in range(0, count, share)]
 
-    def _parts(self, batches: Sequence[slice], steps: int, steps_per_forward: int) -> list[Part]:
+    def _parts(self, batches: Sequence[slice], steps: slice, steps_per_forward: int) -> list[Part]:
         return parts_of(batches, steps, steps_per_forward, self.passes.at_once)
 
     def _step(self, parts: Sequence[Part], forward: Forward, log: dict[str, list]) -> None:
@@ -155,72 +156,74 @@ class Updater:
                 "and go on from the last checkpoint with --resume auto"
             )
         model = self.engine.module
-        if policy := model.policy_parameters:
-            log["actor"].append(gradient_norm(policy, self.world))
-        log["critic"].append(gradient_norm(model.critic_parameters, self.world))
+        for name, parameters in (("actor", model.policy_parameters), ("critic", model.critic_parameters)):
+            if parameters:
+                log[name].append(gradient_norm(parameters, self.world))
         log["terms"].append(terms)
         self.engine.step()
 
     def _policy_pass(
         self, trajectory: Trajectory, outcome: Outcome, unconditional, model: nn.Module, part: Part
     ) -> Pass:
-        """Loss of policy and critic, and the statistics of `ppo`: its losses, then the policy's, and for each trained
-        step its share of the mean |log-prob - the rollout's|."""
-        prediction, values = _forward(model, trajectory, part, unconditional)
-        where = part.samples, part.steps
-        log_probs = _log_probs(trajectory, part, prediction)
-        loss, statistics = ppo_loss(
-            log_probs,
-            trajectory.log_probs[where],
-            outcome.advantages[where],
-            values,
-            outcome.returns[where],
-            trajectory.values[where],
-            self.clips,
-            self.config.critic.value_coef,
-        )
-        *means, deviation = [statistics.policy_loss, statistics.value_loss, *statistics.policy]
-        terms = torch.stack([*(part.weight * mean for mean in means), deviation])
-        trained, steps = outcome.advantages.shape[1], part.steps.stop - part.steps.start
-        drift = torch.zeros(trained, device=terms.device)
-        apart = (log_probs.detach() - trajectory.log_probs[where]).abs().mean(0)
-        drift[part.steps] = apart * (part.weight * trained / steps)
+        """Loss of policy and critic, and the statistics of `policy`: its losses, then the policy's, and for each
+        trained step its share of the mean |log-prob - the rollout's|."""
+        options, where = self.config.algorithm, (part.samples, part.steps)
+        inputs = _inputs(trajectory, part, unconditional)
+        reference = model.reference_prediction(*inputs) if options.kl_coef else None
+        prediction, values = model(*inputs)
+        log_probs, distance = likelihood(trajectory, part, prediction, reference)
+        old_log_probs, first = trajectory.log_probs[where], trajectory.trained_steps.start
+        trained = slice(part.steps.start - first, part.steps.stop - first)
+        advantages, zero = outcome.advantages[part.samples, trained], torch.zeros((), device=old_log_probs.device)
+        compared = log_probs
+        if options.ratio_normalization:
+            compared = normalize_ratios(trajectory, part, prediction, log_probs)
+        if self.config.has_critic:
+            values = values.unflatten(0, log_probs.shape)
+            loss, statistics = ppo_loss(
+                compared,
+                old_log_probs,
+                advantages,
+                values,
+                outcome.returns[where],
+                trajectory.values[where],
+                self.clips,
+                self.config.critic.value_coef,
+            )
+            losses, policy = [statistics.policy_loss, statistics.value_loss], statistics.policy
+        else:
+            loss, policy = policy_loss(compared, old_log_probs, advantages, options.clip_range)
+            losses = [loss.detach(), zero]
+        reference_kl = zero
+        if distance is not None:
+            loss, reference_kl = loss + options.kl_coef * distance.mean(), distance.detach().mean()
+        *means, deviation = policy
+        terms = torch.stack([*(part.weight * mean for mean in (*losses, *means, reference_kl)), deviation])
+        steps = outcome.advantages.shape[1]
+        drift = torch.zeros(steps, device=terms.device)
+        apart = (log_probs.detach() - old_log_probs).abs().mean(0)
+        drift[trained] = apart * (part.weight * steps / (trained.stop - trained.start))
         return Pass(prediction, part.weight * loss, torch.cat([terms, drift]))
 
     def _critic_pass(
         self, trajectory: Trajectory, outcome: Outcome, unconditional, model: nn.Module, part: Part
     ) -> Pass:
         """The critic's loss alone, and the same first two statistics."""
-        prediction, values = _forward(model, trajectory, part, unconditional, values_only=True)
+        prediction, values = model(*_inputs(trajectory, part, unconditional), values_only=True)
         where = part.samples, part.steps
         returns, values_old = outcome.returns[where], trajectory.values[where]
+        values = values.view_as(returns)
         loss, _ = value_loss(values, returns, values_old, self.clips.value_clip_range, self.clips.target_clip)
         loss = part.weight * loss
         return Pass(prediction, loss, torch.stack([torch.zeros_like(loss), loss]).detach())
 
 
-def _forward(
-    model: nn.Module, trajectory: Trajectory, part: Part, unconditional, values_only: bool = False
-) -> tuple[Tensor | None, Tensor]:
-    """Prediction [B n, C, H, W], which may be None with `values_only`, and values [B, n, M] of n steps of B samples."""
+def _inputs(trajectory: Trajectory, part: Part, unconditional: Conditioning | None) -> tuple:
+    """What the model takes for n steps of B samples: B n rows, the steps of a sample one after another."""
     z, count = trajectory.latents[part.samples, part.steps], part.steps.stop - part.steps.start
     conditioning = rows(trajectory.conditioning, part.samples)
     conditioning = {name: tensor.repeat_interleave(count, 0) for name, tensor in conditioning.items()}
-    timesteps = trajectory.timesteps[part.steps].repeat(len(z))
-    prediction, values = model(z.flatten(0, 1), timesteps, conditioning, unconditional, values_only=values_only)
-    return prediction, values.unflatten(0, (-1, count))
-
-
-def _log_probs(trajectory: Trajectory, part: Part, prediction: Tensor) -> Tensor:
-    """[B, n] of n steps of B samples, whose predictions are [B n, ...]."""
-    latents, table = trajectory.latents[part.samples], trajectory.table
-    predictions = prediction.unflatten(0, (len(latents), -1))
-    numbers = range(part.steps.start, part.steps.stop)
-    log_probs = [
-        transition_log_prob(predictions[:, i], latents[:, k], latents[:, k + 1], table, k)
-        for i, k in enumerate(numbers)
-    ]
-    return torch.stack(log_probs, 1)
+    return z.flatten(0, 1), trajectory.timesteps[part.steps].repeat(len(z)), conditioning, unconditional
 
 
 def _name(steps: slice) -> str:

@@ -118,7 +118,7 @@ class OurLoop:
     def graph_cost(self, batch: int) -> dict:
         """Seconds and bytes that a captured step costs beyond the loop itself, the steps that warm up included."""
         run = self.trainer
-        inputs = run.rollout.models[0], run.schedule, run.backbone.latent_shape, batch, self._conditioning(batch)
+        inputs = run.rollout.models[0], run.schedules[0], run.backbone.latent_shape, batch, self._conditioning(batch)
         loops: list[DenoisingLoop] = []
 
         def build(graph: str) -> tuple[float, int]:
@@ -135,9 +135,7 @@ class OurLoop:
 
     def critics(self, batch: int, rounds: int) -> dict[str, list[float]]:
         run = self.trainer
-        return measure_critics(
-            run.rollout.models[0], run.schedule, self._conditioning(batch), self.work.resolution, rounds
-        )
+        return measure_critics(run.rollout.models[0], run.schedules[0], self._conditioning(batch), rounds)
 
     def release(self) -> None:
         """Gives the device's unused memory back, for the process whose turn comes."""
@@ -156,7 +154,7 @@ class OurLoop:
 
     def _sample(self, rollout: Rollout, images: int) -> None:
         run = self.trainer
-        rollout(self._prompts(images), torch.arange(images), schedule=run.schedule, seed=run.config.seed)
+        rollout(self._prompts(images), torch.arange(images), schedule=run.schedules[0], seed=run.config.seed)
 
     def _conditioning(self, batch: int) -> Conditioning:
         return self.trainer.encode([prompt.text for prompt in self._prompts(batch)])

@@ -103,6 +103,11 @@ class Backbone(ABC):
         guidance_scale: for a trunk that is guidance-distilled; others ignore it.
         """
 
+    def clean(self, latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latents that a prediction amounts to, float32 [B, C, H, W]; here of a flow, x0 = z - sigma v."""
+        sigma = (timesteps / 1000.0).view(-1, *[1] * (latents.ndim - 1))
+        return latents - sigma * prediction
+
     @abstractmethod
     def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
         """The block whose features a critic reads, and where they stand in its output tuple (None: they are it all)."""

@@ -32,6 +32,11 @@ class UNetBackbone(Backbone):
         self.depth = len(self._widths)
         self.text_width = pipe.text_encoder.config.hidden_size
         self._scheduler = _ddim(pipe.scheduler, self.steps_offset)
+        self._alphas_cumprod = self._scheduler.alphas_cumprod.float()
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self._alphas_cumprod = self._alphas_cumprod.to(device)
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> Conditioning:
@@ -89,6 +94,12 @@ class UNetBackbone(Backbone):
             encoder_hidden_states=conditioning["prompt_embeds"],
             return_dict=False,
         )[0]
+
+    def clean(self, latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        ab = self._alphas_cumprod.to(latents.device)[timesteps.long()].view(-1, *[1] * (latents.ndim - 1))
+        if self._scheduler.config.prediction_type == "epsilon":
+            return (latents - (1.0 - ab).sqrt() * prediction) / ab.sqrt()
+        return ab.sqrt() * latents - (1.0 - ab).sqrt() * prediction
 
     def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
         block = [*trunk.down_blocks, trunk.mid_block, *trunk.up_blocks][index]

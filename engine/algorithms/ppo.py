@@ -1,0 +1,44 @@
+"""PPO with a critic on the noisy latents (arXiv 2605.27736): GAE along the denoising axis, normalised by reward."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..advantages import gae, normalize
+from ..config import Config
+from ..prompts import Prompt
+from ..reward_stats import RunningStandardizer
+from .base import Algorithm
+
+
+class PPO(Algorithm):
+    def __init__(self, config: Config, weights: Tensor):
+        super().__init__(config, weights)
+        self.standardizer = RunningStandardizer(len(weights))
+        self.is_sum = config.critic.heads == "sum"
+
+    def observe(self, raw: Tensor, prompts: Sequence[Prompt]) -> None:
+        self.standardizer.update(raw)
+
+    def advantages(self, raw: Tensor, values: Tensor, trained: slice, prompts: Sequence[Prompt]) -> Tensor:
+        advantages, _ = gae(self.earned(raw), values, self.config.gamma, self.config.lam)
+        weights = self.weights.new_ones(1) if self.is_sum else self.weights
+        return normalize(advantages[:, trained], weights, self.config.advantage_clip)
+
+    def earned(self, raw: Tensor) -> Tensor:
+        """Standardised, once anything was observed. Their sum is of standardised rewards too, so that one head differs
+        from several in what it is told, not in the rewards' units; its length of 1 is that of a single reward."""
+        rewards = self.standardizer.standardize(raw) if self.standardizer.count > 0 else raw
+        if self.is_sum:
+            rewards = rewards @ (self.weights / self.weights.norm()).to(rewards)[:, None]
+        return rewards
+
+    def returns(self, raw: Tensor, values: Tensor) -> Tensor:
+        """Without bootstrapping, since a critic taught by itself drifts."""
+        return gae(self.earned(raw), values, self.config.gamma, lam=1.0)[1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.standardizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.standardizer.load_state_dict(state)

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..kernels.common import widened
 from .backbones.base import Backbone, Conditioning
 from .config import CriticConfig
 from .critic import Critic
@@ -39,7 +40,7 @@ class ActorCritic(nn.Module):
         self.trunk = backbone.trunk
         self.reference = _twin(backbone.trunk).requires_grad_(False) if with_reference else None
         self.critic = self.critic_trunk = self.pixels = None
-        self.tap_indices, self._tapped = [], []
+        self.tap_indices, self._tapped, self._hooks = [], [], []
         if not reward_names:
             return
         if config.trunk == "pixels":
@@ -60,8 +61,13 @@ class ActorCritic(nn.Module):
         def keep(block, _inputs, output):
             block.tapped = output if position is None else output[position]
 
-        block.register_forward_hook(keep)
+        self._hooks.append(block.register_forward_hook(keep))
         return block
+
+    def untap(self) -> None:
+        """Leaves the trunk as it was; there are no values from then on."""
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def trunks(self) -> list[nn.Module]:
@@ -154,7 +160,7 @@ class ActorCritic(nn.Module):
         unconditional: Conditioning | None,
         guidance: float,
     ) -> Tensor:
-        """float32; the conditioning is of the trunk's type."""
+        """float32, or float64 of float64 weights; the conditioning is of the trunk's type."""
         dtype = next(self.trunk.parameters()).dtype
         inputs, steps = latents.to(dtype), timesteps
         with_unconditional = self.backbone.needs_unconditional(guidance)
@@ -164,7 +170,7 @@ class ActorCritic(nn.Module):
                 for name, tensor in conditioning.items()
             }
             inputs, steps = torch.cat([inputs, inputs]), torch.cat([steps, steps])
-        prediction = self.backbone.predict(trunk, inputs, steps, conditioning, guidance).float()
+        prediction = widened(self.backbone.predict(trunk, inputs, steps, conditioning, guidance))
         if with_unconditional:
             without, with_prompt = prediction.chunk(2)
             prediction = without + guidance * (with_prompt - without)

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from .actor_critic import ActorCritic
 from .config import Config
+from .critic_file import describe_critic
 from .errors import TrainingError, UserError
 from .model_card import write_model_card
+from .reward_stats import critic_units
 from .sharding import gather_state
 from .world import World
 
@@ -100,11 +102,19 @@ class CheckpointStore:
         return load_file(folder / "run_state.safetensors"), load_file(own) if own.exists() else {}
 
 
-def export(folder: Path, model: ActorCritic, config: Config, run_dir: Path, merge: bool = False) -> None:
+def export(
+    folder: Path,
+    model: ActorCritic,
+    config: Config,
+    run_dir: Path,
+    merge: bool = False,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """The trained policy with a model card, and the critic: `critic.safetensors`, its own trunk `critic_trunk/`.
 
     `pipeline/` is a stock diffusers folder; of a LoRA run `lora/` is what `load_lora_weights` takes, unless `merge`
-    asks for a pipeline. Every rank calls it, or one process with the whole model.
+    asks for a pipeline. state: the algorithm's, for the critic's units. Every rank calls it, or one process with the
+    whole model.
     """
     trunk, critic = gather_state(model.trunk), {}
     if model.critic is not None:
@@ -126,7 +136,8 @@ def export(folder: Path, model: ActorCritic, config: Config, run_dir: Path, merg
         with _new_folder(folder / "critic_trunk") as partial:
             backbone.save_trunk(critic_trunk, partial)
     if critic:
-        about = {"taps": json.dumps(model.tap_indices), "rewards": json.dumps(model.reward_names)}
+        units = critic_units(state or {}, len(config.rewards))
+        about = describe_critic(config, model.tap_indices, model.reward_names, units)
         save_file({name: t.contiguous() for name, t in critic.items()}, folder / "critic.safetensors", about)
 
 

@@ -14,6 +14,7 @@ from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..kernels.common import widened
 from ..kernels.critic_pool import critic_pool
 
 
@@ -41,7 +42,8 @@ class TapPools(nn.Module):
 
 
 class Critic(nn.Module):
-    """V(z_t, t, y) for M rewards: float32 [B, M] from the tapped features; starts at zero everywhere.
+    """V(z_t, t, y) for M rewards: float32 [B, M] from the tapped features (float64 of float64 weights); starts at zero
+    everywhere.
 
     timestep_adaln=False leaves the timestep out of the head (the paper's ablation).
     """
@@ -74,4 +76,4 @@ class Critic(nn.Module):
         condition = functional.silu(self.condition(steps, pooled_text))
         pooled = self.taps(features, condition)
         pooled = functional.layer_norm(pooled, pooled.shape[-1:])
-        return torch.cat([head(pooled) for head in self.heads], dim=-1).float()
+        return widened(torch.cat([head(pooled) for head in self.heads], dim=-1))

@@ -110,14 +110,22 @@ class DenoisingLoop:
 
     def _step(self) -> None:
         z, noise, timestep = (x.index_select(0, self.step)[0] for x in (self.latents, self.noises, self.timesteps))
-        v, values = self.model(
-            z, timestep.expand(self.size), self.conditioning, self.unconditional, guidance_scale=self.guidance_scale
-        )
+        v, values = self._predict(z, timestep)
+        z, v = self._select(z, v, values)
         z_next, log_probs = transition_step(v, z, noise, self.table, self.step[0])
         self.log_probs.index_copy_(0, self.step, log_probs[None])
         self.values.index_copy_(0, self.step, values[None])
         self.step += 1
         self.latents.index_copy_(0, self.step, z_next[None])
+
+    def _predict(self, z: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model(
+            z, timestep.expand(self.size), self.conditioning, self.unconditional, guidance_scale=self.guidance_scale
+        )
+
+    def _select(self, z: Tensor, v: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples that go on, latents and predictions: here each."""
+        return z, v
 
     @torch.no_grad()
     def _capture(self, pool: tuple[int, int] | None) -> None:

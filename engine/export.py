@@ -33,6 +33,7 @@ def main() -> None:
 def export_run(args: argparse.Namespace) -> None:
     # After the arguments, so that --help and their mistakes answer at once.
     from diffusers.utils.logging import disable_progress_bar
+    from safetensors.torch import load_file
 
     from latent_critic.engine.checkpoint import disk_errors, export
     from latent_critic.engine.consolidate import load_checkpoint
@@ -48,7 +49,8 @@ def export_run(args: argparse.Namespace) -> None:
     model = load_checkpoint(run, checkpoint, not args.no_ema, args.dtype)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        export(output, model, run.config, run.folder, merge=args.merge)
+        state = load_file(checkpoint / "run_state.safetensors")
+        export(output, model, run.config, run.folder, merge=args.merge, state=state)
     print(f"{checkpoint.name}: {output}")
 
 

@@ -12,6 +12,15 @@ from latent_critic.engine.errors import UserError
 MIN_STD = 1e-4
 
 
+def critic_units(state: dict[str, Tensor], num_rewards: int) -> dict[str, Tensor]:
+    """Mean and std [M] by which a standardizer of this state makes the critic's units; before any reward, 0 and 1."""
+    standardizer = RunningStandardizer(num_rewards)
+    if state and state["count"] > 0:
+        standardizer.load_state_dict(state)
+        return {"mean": standardizer.mean, "std": standardizer.std}
+    return {"mean": torch.zeros(num_rewards), "std": torch.ones(num_rewards)}
+
+
 class RunningStandardizer:
     """(reward - mean) / std of M rewards, with statistics that forget.
 

@@ -3,13 +3,18 @@
     python engine/sample.py --run runs/zero3_dit
     python engine/sample.py --model stabilityai/stable-diffusion-3.5-medium --count 4 "a red fox in the snow"
 
+    python engine/sample.py --run runs/zero3_dit --steer guidance+bon --particles 4
+
 A run is drawn with its evaluation's sampler, steps, guidance and seed, and unless you give prompts they are the
 evaluation's, so that the pictures are too. A base model, or a run with --stock, is drawn by the stock pipeline with its
-own scheduler and defaults.
+own scheduler and defaults. With --steer the run's critic steers, with the sampler that it was trained with; scores and
+cost are written beside the picture, as JSON. --critic steers a base model by a critic that was trained on it.
 """
 
 import argparse
 from pathlib import Path
+
+STEERING = ("guidance", "bon", "smc", "guidance+bon", "guidance+smc")
 
 
 def arguments() -> argparse.Namespace:
@@ -28,6 +33,26 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, help="pixels a side")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--batch_size", type=int, default=8)
+    steering = parser.add_argument_group("steering")
+    steering.add_argument("--steer", choices=STEERING, help="guidance by the critic, best of N (bon), SMC, or two")
+    steering.add_argument("--critic", type=Path, help="a critic.safetensors (default: the run's)")
+    steering.add_argument("--scale", type=float, default=2.0, help="of guidance, in p(z) exp(scale V) (default: 2)")
+    steering.add_argument("--window", metavar="START:END", help="steps that are guided, END excluded (default: all)")
+    steering.add_argument("--particles", type=int, default=4, help="samples of a prompt, of bon and smc (default: 4)")
+    steering.add_argument(
+        "--by", choices=("value", "reward"), default="value", help="what judges them (default: value)"
+    )
+    steering.add_argument("--smc_scale", type=float, default=10.0, help="in SMC's weights exp(scale V) (default: 10)")
+    steering.add_argument(
+        "--resample_every", type=int, metavar="STEPS", help="SMC: at fixed steps (default: when weights degenerate)"
+    )
+    steering.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="REWARD=NUMBER",
+        help="of the critic's values; 0 for others",
+    )
     parser.add_argument("--output", type=Path, default=Path("samples.png"), help="default: samples.png")
     return parser.parse_args()
 
@@ -74,7 +99,11 @@ def draw(args: argparse.Namespace) -> None:
     backbone = run.backbone(dtype, args.resolution) if run else load_backbone(args.model, 512, args.resolution, dtype)
     chosen = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    if run and not args.stock:
+    if args.steer:
+        from latent_critic.engine.steering.command import draw_steered
+
+        images = draw_steered(args, run, backbone, texts, device, chosen)
+    elif run and not args.stock:
         evaluated = {
             name: getattr(run.config.evaluation, name) for name in ("num_inference_steps", "guidance_scale", "seed")
         }

@@ -213,7 +213,7 @@ class Trainer:
                 self._save(done)
         self.rollout.close()
         with self._averaged():
-            export(self.run_dir, self.model, self.config, self.run_dir)
+            export(self.run_dir, self.model, self.config, self.run_dir, state=self.algorithm.state_dict())
         if main:
             progress.close()
             log.close()

@@ -30,7 +30,7 @@ class DDPO(Algorithm):
             dist.all_gather_object(parts, ([prompt.text for prompt in prompts], raw.cpu().double()))
         for texts, rewards in parts:
             for text, row in zip(texts, rewards, strict=True):
-                before = self._history.get(text, row[:0].expand(0, len(row)))
+                before = self._history.get(text, row.new_empty(0, len(row)))
                 self._history[text] = torch.cat([before, row[None]])[-KEPT:]
 
     def advantages(self, raw: Tensor, values: Tensor, trained: slice, prompts: Sequence[Prompt]) -> Tensor:

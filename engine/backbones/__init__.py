@@ -1,11 +1,13 @@
 """Model families. `load_backbone` reads `model_index.json` and picks the adapter."""
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from ..errors import UserError
@@ -46,6 +48,17 @@ def load_backbone(
         return family.load(folder, max_sequence_length, resolution, {"vae": torch.float32, "default": dtype})
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.pretrained: {pretrained} is incomplete or damaged: {error}") from error
+
+
+def backbone_of(pipe: DiffusionPipeline, max_sequence_length: int = 256) -> Backbone:
+    """The adapter around a loaded pipeline, whose weights it shares and freezes; at the pipeline's own resolution.
+
+    Raises UserError where the pipeline's class has no adapter, or its scheduler's noise levels cannot be read.
+    """
+    families = [FAMILIES[kind.__name__] for kind in type(pipe).__mro__ if kind.__name__ in FAMILIES]
+    if not families:
+        raise UserError(f"{type(pipe).__name__} is not supported; {', '.join(FAMILIES)} are")
+    return families[0](copy.copy(pipe), max_sequence_length)  # a copy, since some options of a pipeline are set
 
 
 def find_folder(pretrained: str, download: Callable[[str], str], advice: str) -> Path:
@@ -111,4 +124,4 @@ def _download(pretrained: str) -> str:
     return DiffusionPipeline.download(pretrained)
 
 
-__all__ = ["FAMILIES", "Backbone", "Conditioning", "load_backbone"]
+__all__ = ["FAMILIES", "Backbone", "Conditioning", "backbone_of", "load_backbone"]

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..transitions import Schedule, build_table
+
+MOST_PER_SCORE = 10.0  # of a flow, whose prediction would follow a score at pure noise without bound
 
 Conditioning = dict[str, Tensor]  # per-sample tensors, first dimension = sample; float32, kept on the CPU in the cache
 
@@ -32,12 +34,18 @@ class Backbone(ABC):
     width: int  # D of the default taps
     text_width: int
     depth: int  # number of blocks that can be tapped
+    scheduler: type[SchedulerMixin] | None = None  # the one whose noise levels the adapter reads; None: any
     # The trunk takes the guidance scale as an input and needs no unconditional branch (FLUX.1-dev).
     is_guidance_distilled = False
 
     def __init__(self, pipe: DiffusionPipeline, max_sequence_length: int):
         """Freezes all but the trunk. max_sequence_length: of prompts, where the family lets one choose (T5's)."""
         self.pipe, self.max_sequence_length = pipe, max_sequence_length
+        if self.scheduler is not None and not isinstance(pipe.scheduler, self.scheduler):
+            raise UserError(
+                f"{type(pipe).__name__} has a {type(pipe.scheduler).__name__}; give it a {self.scheduler.__name__}: "
+                f"pipe.scheduler = {self.scheduler.__name__}.from_config(pipe.scheduler.config)"
+            )
         self.trunk = pipe.components[self.trunk_name]
         for part in pipe.components.values():
             if isinstance(part, nn.Module) and part is not self.trunk:
@@ -107,6 +115,14 @@ class Backbone(ABC):
         """The clean latents that a prediction amounts to, float32 [B, C, H, W]; here of a flow, x0 = z - sigma v."""
         sigma = (timesteps / 1000.0).view(-1, *[1] * (latents.ndim - 1))
         return latents - sigma * prediction
+
+    def per_score(self, timesteps: Tensor) -> Tensor:
+        """What a prediction changes by where the score, grad log p(z), changes by 1: [K] of timesteps [K].
+
+        Here of a flow, v = -(z + sigma score) / (1 - sigma): without bound at pure noise, so bounded by MOST_PER_SCORE.
+        """
+        sigma = timesteps / 1000.0
+        return -(sigma / (1.0 - sigma).clamp_min(1e-6)).clamp_max(MOST_PER_SCORE)
 
     @abstractmethod
     def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ class FluxBackbone(Backbone):
     """
 
     pipeline = FluxPipeline
+    scheduler = FlowMatchEulerDiscreteScheduler
 
     def __init__(self, pipe: FluxPipeline, max_sequence_length: int, resolution: int | None = None):
         super().__init__(pipe, max_sequence_length)

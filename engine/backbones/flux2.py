@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ class Flux2Backbone(Backbone):
     """
 
     pipeline = Flux2KleinPipeline
+    scheduler = FlowMatchEulerDiscreteScheduler
 
     def __init__(self, pipe: Flux2KleinPipeline, max_sequence_length: int, resolution: int | None = None):
         super().__init__(pipe, max_sequence_length)

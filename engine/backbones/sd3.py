@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from .sd3_fused import fuse
 
 class SD3Backbone(Backbone):
     pipeline = StableDiffusion3Pipeline
+    scheduler = FlowMatchEulerDiscreteScheduler
 
     def __init__(self, pipe: StableDiffusion3Pipeline, max_sequence_length: int, resolution: int | None = None):
         super().__init__(pipe, max_sequence_length)

@@ -101,6 +101,12 @@ class UNetBackbone(Backbone):
             return (latents - (1.0 - ab).sqrt() * prediction) / ab.sqrt()
         return ab.sqrt() * latents - (1.0 - ab).sqrt() * prediction
 
+    def per_score(self, timesteps: Tensor) -> Tensor:
+        """Of the noise eps = -sqrt(1 - ab) score; v = (eps - sqrt(1 - ab) z) / sqrt(ab)."""
+        ab = self._alphas_cumprod.to(timesteps.device)[timesteps.long()]
+        eps = -(1.0 - ab).sqrt()
+        return eps if self._scheduler.config.prediction_type == "epsilon" else eps / ab.sqrt()
+
     def tap(self, trunk: nn.Module, index: int) -> tuple[nn.Module, int | None]:
         block = [*trunk.down_blocks, trunk.mid_block, *trunk.up_blocks][index]
         return block, 0 if index < len(trunk.down_blocks) else None  # a down block returns its residuals too

@@ -1,0 +1,241 @@
+"""What is run: the variants of the paper's comparisons and ablations (arXiv 2605.27736), in the order they are run."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from repro_recipe import WATCHED, base, changed, difference, iterations_at_equal_compute
+
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100  # none of the grid's
+TUNING_RATES = (0.5, 1.0, 2.0)  # times TUNING_RATE
+TUNING_RATE = 1.5e-4
+ALGORITHMS = ("ours", "grpo", "ddpo")
+
+# Chosen by the `tuning` group: for each algorithm the policy's rate of the highest training reward, with seed 100. The
+# UNet's are its recipe's.
+TUNED: dict[str, dict[str, dict[str, float]]] = {
+    "tiny-dit": {
+        "ours": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
+        "grpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
+        "ddpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
+    },
+    "tiny-unet": {
+        "ours": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 10},
+        "grpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 10},
+        "ddpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 10},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting, run with several seeds. overrides: of the base recipe, by dotted key."""
+
+    name: str
+    group: str
+    about: str
+    overrides: dict[str, Any] = field(hash=False)
+    model: str = "tiny-dit"
+    seeds: tuple[int, ...] | None = None  # None: those that are asked for
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration, but for seed and output folder."""
+        config = changed(base(self.model), self.overrides)
+        del config["seed"], config["output_dir"]
+        return config
+
+    @property
+    def own_overrides(self) -> dict[str, Any]:
+        """What the variant's configuration says otherwise than its base recipe."""
+        recipe = base(self.model)
+        del recipe["seed"], recipe["output_dir"]
+        return {key: now for key, (_, now) in difference(recipe, self.config).items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long runs are: a PPO run and one of another algorithm draw equally many images."""
+
+    pretraining: int  # critic-only iterations of every run with a critic, but for those that compare just these
+    iterations: int  # of PPO
+    unet_iterations: int
+    compared_pretraining: tuple[int, ...]
+    best_pretraining: int  # of these, by the paper
+    compared_total: int  # pretraining and PPO iterations of these runs together
+    evaluation: dict[str, Any] = field(hash=False, default_factory=dict)
+
+
+FULL = Scale(4, 36, 40, (0, 5, 15, 30), 15, 60)
+# At most 20 minutes on two cores: evaluations are only before and after the run.
+QUICK = Scale(2, 6, 6, (0, 3), 3, 8, {"evaluation.every": 0, "evaluation.num_prompts": 256})
+QUICK_GROUPS, QUICK_SEEDS = ("algorithms", "pretraining"), (0, 1)
+
+GROUPS = {
+    "algorithms": "ours against the critic-free algorithms, at equal images and at equal compute, and a pixel critic",
+    "grpo-options": "what the field adds to GRPO",
+    "pretraining": "critic-only iterations before PPO, of equally many iterations in all",
+    "critic": "the critic's timestep, taps and trunk",
+    "rewards": "three rewards at once, with a value head for each or one for their sum",
+    "lambda": "bootstrapped advantages",
+    "cfg": "training with classifier-free guidance, evaluated at the trained guidance",
+    "clip": "the clip of the probability ratio",
+    "steps": "trained denoising steps",
+    "transition": "other stochastic samplers",
+    "unet": "the algorithms on tiny-unet",
+    "tuning": "policy learning rates of each algorithm, with a seed of their own; not part of the default grid",
+}
+DEFAULT_GROUPS = tuple(group for group in GROUPS if group != "tuning")
+# What the other variants of a group are compared with in its table.
+REFERENCES = {group: "ours" for group in DEFAULT_GROUPS} | {
+    "grpo-options": "grpo",
+    "pretraining": "pretraining-0",
+    "unet": "unet-ours",
+}
+
+
+def variants(scale: Scale = FULL) -> list[Variant]:
+    """All of them, group by group."""
+    of_scale = {
+        "training.value_pretraining_iterations": scale.pretraining,
+        "training.iterations": scale.iterations,
+        **scale.evaluation,
+    }
+    ours = of_scale | TUNED["tiny-dit"]["ours"]
+    grpo = _without_critic("grpo", of_scale, "tiny-dit")
+    ddpo = _without_critic("ddpo", of_scale, "tiny-dit")
+    clip = ours["algorithm.clip_range"]
+    unet = of_scale | {"training.iterations": scale.unet_iterations}
+    unet_ours = unet | TUNED["tiny-unet"]["ours"]
+    three = {"rewards": [{"name": name} for name in ("composition", *WATCHED[1:])]}
+    return [
+        Variant("ours", "algorithms", "PPO with the latent critic", ours),
+        Variant("grpo", "algorithms", "GRPO in groups of 8, as many images", grpo),
+        Variant("ddpo", "algorithms", "DDPO with the batch's statistics, as many images", ddpo),
+        Variant("grpo-clock", "algorithms", "GRPO, as many forwards of the trunk", _longer(grpo, ours)),
+        Variant("ddpo-clock", "algorithms", "DDPO, as many forwards of the trunk", _longer(ddpo, ours)),
+        Variant("pixel", "algorithms", "PPO with a critic on the predicted picture", ours | {"critic.trunk": "pixels"}),
+        Variant("grpo-kl", "grpo-options", "GRPO with a KL penalty", grpo | {"algorithm.kl_coef": 0.01}),
+        Variant(
+            "grpo-guard",
+            "grpo-options",
+            "GRPO with GRPO-Guard's ratios",
+            grpo | {"algorithm.ratio_normalization": True},
+        ),
+        Variant(
+            "grpo-window",
+            "grpo-options",
+            "GRPO with MixGRPO's moving window of 2 of the 4 steps",
+            grpo | {"rollout.sde_window": {"size": 2, "every": 4}},
+        ),
+        *(
+            Variant(
+                f"pretraining-{count}",
+                "pretraining",
+                f"{count} critic-only iterations of {scale.compared_total}",
+                ours
+                | {
+                    "training.value_pretraining_iterations": count,
+                    "training.iterations": scale.compared_total - count,
+                },
+            )
+            for count in scale.compared_pretraining
+        ),
+        Variant("no-adaln", "critic", "no timestep in the critic's head", ours | {"critic.timestep_adaln": False}),
+        Variant("taps-last", "critic", "the last block's features alone", ours | {"critic.taps": [4]}),
+        Variant("taps-all", "critic", "the features of all five blocks", ours | {"critic.taps": [0, 1, 2, 3, 4]}),
+        Variant("trunk-shared", "critic", "the value loss trains the trunk too", ours | {"critic.trunk": "shared"}),
+        Variant("trunk-separate", "critic", "a trunk of the critic's own", ours | {"critic.trunk": "separate"}),
+        Variant("joint", "rewards", "three rewards, a value head each", ours | three),
+        Variant(
+            "joint-sum", "rewards", "three rewards, one head for their sum", ours | three | {"critic.heads": "sum"}
+        ),
+        Variant("lambda-0.95", "lambda", "GAE's lambda 0.95 in place of 1", ours | {"algorithm.lam": 0.95}),
+        *(
+            Variant(
+                f"guidance-{guidance:g}",
+                "cfg",
+                f"guidance {guidance:g} in training and evaluation",
+                ours | {"rollout.guidance_scale": guidance, "evaluation.guidance_scale": guidance},
+            )
+            for guidance in (2.0, 4.5)
+        ),
+        Variant("clip-third", "clip", "a third of the clip range", ours | {"algorithm.clip_range": clip / 3}),
+        Variant("clip-triple", "clip", "three times the clip range", ours | {"algorithm.clip_range": clip * 3}),
+        Variant("steps-2", "steps", "2 trained steps of 8", ours | {"rollout.num_trained_steps": 2}),
+        Variant("steps-7", "steps", "7 trained steps of 8", ours | {"rollout.num_trained_steps": 7}),
+        Variant(
+            "dance-sde",
+            "transition",
+            "DanceGRPO's SDE with noise 0.3",
+            ours | {"rollout.transition": "dance-sde", "rollout.noise_level": 0.3},
+        ),
+        Variant(
+            "cps",
+            "transition",
+            "coefficient-preserving sampling with noise 0.8",
+            ours | {"rollout.transition": "cps", "rollout.noise_level": 0.8},
+        ),
+        Variant("unet-ours", "unet", "PPO with the latent critic", unet_ours, "tiny-unet"),
+        *(
+            Variant(
+                f"unet-{name}",
+                "unet",
+                f"{name.upper()}, as many images",
+                _without_critic(name, unet, "tiny-unet"),
+                "tiny-unet",
+            )
+            for name in ("grpo", "ddpo")
+        ),
+        *_tuning(of_scale),
+    ]
+
+
+def _without_critic(name: str, of_scale: dict[str, Any], model: str) -> dict[str, Any]:
+    """As many images: what a critic would be pretrained with is trained on."""
+    images = of_scale["training.value_pretraining_iterations"] + of_scale["training.iterations"]
+    length = {"training.value_pretraining_iterations": 0, "training.iterations": images}
+    return of_scale | length | {"algorithm.name": name} | TUNED[model][name]
+
+
+def _longer(overrides: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    recipe = base("tiny-dit")
+    iterations = iterations_at_equal_compute(changed(recipe, ours), changed(recipe, overrides))
+    return overrides | {"training.iterations": iterations}
+
+
+def _tuning(of_scale: dict[str, Any]) -> Iterable[Variant]:
+    """Whatever TUNED says: it is what is chosen here."""
+    for name in ALGORITHMS:
+        overrides = of_scale if name == "ours" else _without_critic(name, of_scale, "tiny-dit")
+        for factor in TUNING_RATES:
+            rate = {
+                "optimizer.policy_lr": factor * TUNING_RATE,
+                "algorithm.clip_range": 0.01,
+                "optimizer.lr_warmup_iterations": 0,
+            }
+            about = f"{name} at a rate of {factor * TUNING_RATE:.3g}"
+            yield Variant(f"tuning-{name}-{factor:g}", "tuning", about, overrides | rate, seeds=(TUNING_SEED,))
+
+
+def runs(chosen: Sequence[Variant], seeds: Sequence[int]) -> list[Run]:
+    """Seed by seed, and within a seed in the order of the variants: a part of the grid compares something already."""
+    every = [*seeds, *(seed for variant in chosen for seed in variant.seeds or () if seed not in seeds)]
+    return [
+        Run(variant, seed)
+        for seed in dict.fromkeys(every)
+        for variant in chosen
+        if seed in (seeds if variant.seeds is None else variant.seeds)
+    ]

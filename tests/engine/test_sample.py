@@ -120,3 +120,45 @@ def test_messages(draw, tmp_path, tiny_pipeline, run):
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
     with pytest.raises(UserError, match="the run has not ended, .* python engine/export.py"):
         draw("--run", tmp_path)
+
+
+def test_steered_by_the_runs_critic(run, draw, tmp_path):
+    """Guidance of scale 0 draws what no steering draws with the trained sampler; more of it is something else, and its
+    values are higher. What was chosen by stands beside the picture."""
+
+    def steered(*flags):
+        images, captions = draw("--run", run, *TEXTS, *flags)
+        return images, captions, json.loads((tmp_path / "grid.json").read_text())
+
+    images, captions, about = steered("--steer", "guidance", "--scale", "0")
+    assert captions == TEXTS == about["prompts"] and about["seed"] == 1000
+    best, _, bon = steered("--steer", "bon", "--particles", "3")
+    first = [chosen == 0 for chosen in bon["chosen"]]
+    assert torch.equal(best[first], images[first])
+    assert [row[0] for row in bon["potentials"]] == pytest.approx([row[0] for row in about["potentials"]])
+    assert bon["cost"]["forwards"] == 3 * about["cost"]["forwards"] and bon["cost"]["backwards"] == 0
+    both, _, guided = steered("--steer", "guidance+smc", "--scale", "3", "--window", "1:", "--resample_every", "2")
+    assert guided["guidance"] == {"scale": 3.0, "start": 1, "end": None, "normalize": False}
+    assert guided["particles"] == {"count": 4, "by": "value"} and guided["cost"]["backwards"] > 0
+    assert not torch.equal(both, images)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--steer", "guidance", "--window", "2"], "--window 2: expected START:END"),
+        (["--steer", "guidance", "--window", "5:900"], "guidance from step 5 to 900: there are steps 0 to"),
+        (["--steer", "bon", "--particles", "0"], "particles: 0 of a prompt"),
+        (["--steer", "bon", "--weight", "beauty=1"], "no value of beauty; it has"),
+        (["--steer", "bon", "--weight", "beauty"], "--weight beauty: expected REWARD=NUMBER"),
+        (["--steer", "smc", "--critic", "nothing.safetensors"], "nothing.safetensors: no such file"),
+    ],
+)
+def test_steering_that_cannot_be(run, draw, flags, words):
+    with pytest.raises(UserError, match=words):
+        draw("--run", run, "a red circle", *flags)
+
+
+def test_a_base_model_needs_a_critic(draw, tiny_pipeline):
+    with pytest.raises(UserError, match="--steer needs a critic: --run FOLDER, or --critic FILE"):
+        draw("--model", tiny_pipeline, "a red circle", "--steer", "guidance")

@@ -125,8 +125,8 @@ def claims(scale: Scale) -> list[Claim]:
     found = [
         _above(f"PPO with a latent critic is better than {other.upper()} on {model}, {budget}", composition, ours, name)
         for model, ours, budget, end in (
-            ("tiny-dit", "ours", "at equal images", ""),
-            ("tiny-dit", "ours", "at equal compute", "-clock"),
+            ("tiny-dit", "ours-long", "at equal images", "-long"),
+            ("tiny-dit", "ours-long", "at equal compute", "-long-clock"),
             ("tiny-unet", "unet-ours", "at equal images", ""),
         )
         for other in ("grpo", "ddpo")
@@ -191,16 +191,16 @@ def claims(scale: Scale) -> list[Claim]:
         Claim(
             "The critic explains variance at every timestep",
             "held-out explained variance at the step where it is least",
-            lambda seed: _of(seed, "ours", lambda steps: min(steps)),
-            (Shown("mean over steps", "ours", explained_variance),),
+            lambda seed: _of(seed, "ours-long", lambda steps: min(steps)),
+            (Shown("mean over steps", "ours-long", explained_variance),),
         ),
         Claim(
             "It explains more toward the clean end",
             "held-out explained variance of the last step minus the first",
-            lambda seed: _of(seed, "ours", lambda steps: steps[-1] - steps[0]),
+            lambda seed: _of(seed, "ours-long", lambda steps: steps[-1] - steps[0]),
             (
-                Shown("first", "ours", lambda result: (explained_variance_per_step(result) or [None])[0]),
-                Shown("last", "ours", lambda result: (explained_variance_per_step(result) or [None])[-1]),
+                Shown("first", "ours-long", lambda result: (explained_variance_per_step(result) or [None])[0]),
+                Shown("last", "ours-long", lambda result: (explained_variance_per_step(result) or [None])[-1]),
             ),
         ),
     ]

@@ -15,7 +15,7 @@ from repro_grid import GROUPS, REFERENCES, Variant
 from latent_critic.engine.reports import SERIES, STYLE
 
 Curve = tuple[np.ndarray, np.ndarray]  # x and y of one run
-OTHERS = ("grpo-options", "critic", "rewards", "lambda", "cfg", "clip", "steps", "transition")  # by images alone
+OTHERS = ("pixels", "grpo-options", "critic", "rewards", "cfg", "clip", "steps", "transition")  # by images alone
 PANEL = (6.2, 3.6)  # inches
 COLUMNS = 2
 
@@ -23,7 +23,14 @@ COLUMNS = 2
 def plot_curves(results: Results, path: Path) -> bool:
     """Algorithms, pretraining and the UNet, by images and by seconds. False, and no file, where nothing was run."""
     rows = {
-        "algorithms on tiny-dit": ("ours", "grpo", "ddpo", "grpo-clock", "ddpo-clock", "pixel"),
+        "algorithms on tiny-dit": (
+            "ours-long",
+            "grpo-long",
+            "ddpo-long",
+            "ours-long-0.95",
+            "grpo-long-clock",
+            "ddpo-long-clock",
+        ),
         "critic-only iterations before PPO": _names(results, "pretraining"),
         "algorithms on tiny-unet": ("unet-ours", "unet-grpo", "unet-ddpo"),
     }
@@ -53,7 +60,7 @@ def plot_options(variants: Sequence[Variant], results: Results, path: Path) -> b
     for group in OTHERS:
         names = _present([variant.name for variant in variants if variant.group == group], results)
         if names:
-            groups[group] = _present([REFERENCES[group], *names], results)
+            groups[group] = list(dict.fromkeys([*_present([REFERENCES[group]], results), *names]))
     if not groups:
         return False
     with matplotlib.rc_context(STYLE):

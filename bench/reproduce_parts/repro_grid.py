@@ -71,6 +71,7 @@ class Scale:
 
     pretraining: int  # critic-only iterations of every run with a critic, but for those that compare just these
     iterations: int  # of PPO
+    long_iterations: int  # of PPO where algorithms are compared: a critic needs them to know something
     unet_iterations: int
     compared_pretraining: tuple[int, ...]
     best_pretraining: int  # of these, by the paper
@@ -78,18 +79,18 @@ class Scale:
     evaluation: dict[str, Any] = field(hash=False, default_factory=dict)
 
 
-FULL = Scale(4, 36, 40, (0, 5, 15, 30), 15, 60)
+FULL = Scale(4, 36, 96, 40, (0, 5, 15, 30), 15, 60)
 # At most 20 minutes on two cores: evaluations are only before and after the run.
-QUICK = Scale(2, 6, 6, (0, 3), 3, 8, {"evaluation.every": 0, "evaluation.num_prompts": 256})
+QUICK = Scale(2, 6, 6, 6, (0, 3), 3, 8, {"evaluation.every": 0, "evaluation.num_prompts": 256})
 QUICK_GROUPS, QUICK_SEEDS = ("algorithms", "pretraining"), (0, 1)
 
 GROUPS = {
-    "algorithms": "ours against the critic-free algorithms, at equal images and at equal compute, and a pixel critic",
+    "algorithms": "ours against the critic-free algorithms, at equal images and at equal compute; and bootstrapping",
+    "pixels": "a critic on the predicted picture; the ablations below are compared with this `ours` too",
     "grpo-options": "what the field adds to GRPO",
     "pretraining": "critic-only iterations before PPO, of equally many iterations in all",
     "critic": "the critic's timestep, taps and trunk",
     "rewards": "three rewards at once, with a value head for each or one for their sum",
-    "lambda": "bootstrapped advantages",
     "cfg": "training with classifier-free guidance, evaluated at the trained guidance",
     "clip": "the clip of the probability ratio",
     "steps": "trained denoising steps",
@@ -100,6 +101,7 @@ GROUPS = {
 DEFAULT_GROUPS = tuple(group for group in GROUPS if group != "tuning")
 # What the other variants of a group are compared with in its table.
 REFERENCES = {group: "ours" for group in DEFAULT_GROUPS} | {
+    "algorithms": "ours-long",
     "grpo-options": "grpo",
     "pretraining": "pretraining-0",
     "unet": "unet-ours",
@@ -120,13 +122,20 @@ def variants(scale: Scale = FULL) -> list[Variant]:
     unet = of_scale | {"training.iterations": scale.unet_iterations}
     unet_ours = unet | TUNED["tiny-unet"]["ours"]
     three = {"rewards": [{"name": name} for name in ("composition", *WATCHED[1:])]}
+    long = {"training.iterations": scale.long_iterations, "evaluation.every": 20, **scale.evaluation}
+    ours_long = ours | long
+    grpo_long, ddpo_long = (_without_critic(name, of_scale | long, "tiny-dit") for name in ("grpo", "ddpo"))
     return [
-        Variant("ours", "algorithms", "PPO with the latent critic", ours),
-        Variant("grpo", "algorithms", "GRPO in groups of 8, as many images", grpo),
-        Variant("ddpo", "algorithms", "DDPO with the batch's statistics, as many images", ddpo),
-        Variant("grpo-clock", "algorithms", "GRPO, as many forwards of the trunk", _longer(grpo, ours)),
-        Variant("ddpo-clock", "algorithms", "DDPO, as many forwards of the trunk", _longer(ddpo, ours)),
-        Variant("pixel", "algorithms", "PPO with a critic on the predicted picture", ours | {"critic.trunk": "pixels"}),
+        Variant("ours-long", "algorithms", "PPO with the latent critic", ours_long),
+        Variant("grpo-long", "algorithms", "GRPO in groups of 8, as many images", grpo_long),
+        Variant("ddpo-long", "algorithms", "DDPO with the batch's statistics, as many images", ddpo_long),
+        Variant("ours-long-0.95", "algorithms", "GAE's lambda 0.95 in place of 1", ours_long | {"algorithm.lam": 0.95}),
+        Variant("grpo-long-clock", "algorithms", "GRPO, as many forwards of the trunk", _longer(grpo_long, ours_long)),
+        Variant("ddpo-long-clock", "algorithms", "DDPO, as many forwards of the trunk", _longer(ddpo_long, ours_long)),
+        Variant("ours", "pixels", "PPO with the latent critic", ours),
+        Variant("ddpo", "pixels", "DDPO: no critic, as many images", ddpo),
+        Variant("pixel", "pixels", "PPO with a critic on the predicted picture", ours | {"critic.trunk": "pixels"}),
+        Variant("grpo", "grpo-options", "GRPO in groups of 8", grpo),
         Variant("grpo-kl", "grpo-options", "GRPO with a KL penalty", grpo | {"algorithm.kl_coef": 0.01}),
         Variant(
             "grpo-guard",
@@ -162,7 +171,6 @@ def variants(scale: Scale = FULL) -> list[Variant]:
         Variant(
             "joint-sum", "rewards", "three rewards, one head for their sum", ours | three | {"critic.heads": "sum"}
         ),
-        Variant("lambda-0.95", "lambda", "GAE's lambda 0.95 in place of 1", ours | {"algorithm.lam": 0.95}),
         *(
             Variant(
                 f"guidance-{guidance:g}",

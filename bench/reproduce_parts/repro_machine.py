@@ -16,7 +16,7 @@ PACKAGES = ("torch", "deepspeed", "triton", "diffusers")
 def about() -> dict[str, Any]:
     """Command, commit, versions and processor of this process."""
     return {
-        "command": shlex.join(["python", "bench/reproduce.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "processor": _processor(),

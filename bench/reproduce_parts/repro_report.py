@@ -128,10 +128,10 @@ def _algorithms(variants: Sequence[Variant], results: Results) -> list[str]:
         "By measured seconds of training, without evaluations. The learning rate falls to 0 at a run's own end, so "
         "only an end is a finished run:",
         "",
-        *by_clock(names, "ours", results),
+        *by_clock(names, "ours-long", results),
         "",
-        "`-clock` variants are as long as `ours` by arithmetic: forwards of the trunk for the samples of an "
-        "iteration, a backward as two. A critic on pictures comes on top of its forwards.",
+        "`-clock` variants are as long as `ours-long` by arithmetic: forwards of the trunk for the samples of an "
+        "iteration, a backward as two.",
         "",
         *planned_table(planned, results),
         "",

@@ -21,7 +21,7 @@ from repro_result import collect, save_strips
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 20.0  # seconds that a process has to end when it is asked to
 TAIL = 15  # lines of a failed run's log
-KEPT = ("ours", 0)  # whose run folder stays, for --credit
+KEPT = ("ours-long", 0)  # whose run folder stays, for --credit
 
 
 def training_command(recipe: Path) -> list[str]:

@@ -18,6 +18,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 sys.path.append(str(BENCH / "reproduce_parts"))  # as the script itself does
 
 import repro_claims  # noqa: E402
+import repro_curves  # noqa: E402
 import repro_grid  # noqa: E402
 import repro_places  # noqa: E402
 import repro_recipe  # noqa: E402
@@ -51,6 +52,16 @@ def test_names_and_groups_are_those_of_the_grid():
     assert len(set(names)) == len(names)
     assert list(dict.fromkeys(variant.group for variant in VARIANTS.values())) == list(repro_grid.GROUPS)
     assert set(repro_grid.REFERENCES.values()) <= VARIANTS.keys()
+    assert {name for name in names if VARIANTS[name].group == "algorithms"} == {
+        "ours-long", "grpo-long", "ddpo-long", "ours-long-0.95", "grpo-long-clock", "ddpo-long-clock",
+    }  # fmt: skip
+    assert [name for name in names if VARIANTS[name].group == "pixels"] == ["ours", "ddpo", "pixel"]
+    for group in ("algorithms", "pixels", "grpo-options", "pretraining", "unet"):
+        assert VARIANTS[repro_grid.REFERENCES[group]].group == group
+    assert {repro_grid.REFERENCES[group] for group in ("critic", "rewards", "cfg", "clip", "steps")} == {"ours"}
+    kept, seed = repro_runner.KEPT
+    assert VARIANTS[kept].config["algorithm"]["name"] == "ppo" and seed in repro_grid.SEEDS
+    assert VARIANTS[kept].group in repro_grid.QUICK_GROUPS  # for a quick run's --credit
     named = {name for claim in repro_claims.claims(repro_grid.FULL) for _, name, _ in claim.shown}
     assert named <= VARIANTS.keys()
     quick = {variant.name for variant in repro_grid.variants(repro_grid.QUICK)}
@@ -64,6 +75,8 @@ def test_a_variant_differs_from_its_recipe_where_it_says_so():
     assert ours.config["training"]["iterations"] == recipe["training"]["iterations"] == 36
     assert ours.config["training"]["value_pretraining_iterations"] == 4 and ours.config["evaluation"]["every"] == 10
     assert ours.config["rollout"] == recipe["rollout"] and ours.config["logging"] == {"tensorboard": False}
+    assert VARIANTS["ours-long"].own_overrides == {"training.iterations": 96, "evaluation.every": 20}
+    assert VARIANTS["ours-long-0.95"].own_overrides == VARIANTS["ours-long"].own_overrides | {"algorithm.lam": 0.95}
     assert guided.own_overrides == {"rollout.guidance_scale": 4.5, "evaluation.guidance_scale": 4.5}
     assert VARIANTS["clip-third"].config["algorithm"]["clip_range"] == pytest.approx(0.01 / 3)
     assert VARIANTS["unet-ours"].config["optimizer"]["lr_warmup_iterations"] == 10
@@ -76,9 +89,13 @@ def test_equal_compute_is_counted_in_forwards():
     ours, grpo = VARIANTS["ours"].config, VARIANTS["grpo"].config
     assert repro_recipe.forwards(ours)[:2] == (24, 28) and repro_recipe.forwards(grpo).training == 20
     assert repro_recipe.iterations_at_equal_compute(ours, grpo) == round((4 * 24 + 36 * 28) / 20) == 55
+    assert repro_recipe.forwards(VARIANTS["ours-long"].config)[:2] == (24, 28)
+    assert round((4 * 24 + 96 * 28) / 20) == 139
     for name in ("grpo", "ddpo"):
-        matched = VARIANTS[f"{name}-clock"].config["training"]
-        assert matched["iterations"] == 55 and matched["value_pretraining_iterations"] == 0
+        matched = VARIANTS[f"{name}-long-clock"].config["training"]
+        assert matched["iterations"] == 139 and matched["value_pretraining_iterations"] == 0
+        assert VARIANTS[f"{name}-long"].config["training"]["iterations"] == 4 + 96
+        assert VARIANTS[f"{name}-long"].config["training"]["value_pretraining_iterations"] == 0
         assert VARIANTS[name].config["training"]["iterations"] == 4 + 36
         assert VARIANTS[f"unet-{name}"].config["training"]["iterations"] == 4 + 40
     assert repro_recipe.forwards(VARIANTS["guidance-2"].config).training == 2 * 28
@@ -149,7 +166,7 @@ def fake_result(name: str, seed: int, **changes) -> dict:
             "squared_error_per_step": [1 - done * v for v in values["explained"]] if has_critic else None,
         }
 
-    iterations = [*range(0, first + then, 10), first + then]
+    iterations = [*range(0, first + then, variant.config["evaluation"]["every"]), first + then]
     return {
         "variant": name, "seed": seed, "group": variant.group, "model": variant.model,
         "overrides": variant.own_overrides, **ABOUT, "threads": 1, "jobs": 2,
@@ -178,12 +195,16 @@ def test_claims_are_paired_over_the_seeds_that_both_have():
     results = {}
     for seed, gain in enumerate((0.050, 0.055, 0.060)):
         # Seeds differ by more than the algorithms do.
-        results["ours", seed] = fake_result("ours", seed, end=0.80 + 0.04 * seed + gain)
-        results["grpo", seed] = fake_result("grpo", seed, end=0.80 + 0.04 * seed)
-    results["ddpo", 1] = fake_result("ddpo", 1, end=0.95)
+        results["ours-long", seed] = fake_result("ours-long", seed, end=0.80 + 0.04 * seed + gain)
+        results["grpo-long", seed] = fake_result("grpo-long", seed, end=0.80 + 0.04 * seed)
+        results["grpo-long-clock", seed] = fake_result("grpo-long-clock", seed, end=0.86 + 0.04 * seed + gain)
+        results["grpo", seed] = fake_result("grpo", seed, end=0.99)  # short ones have no part in it
+    results["ddpo-long", 1] = fake_result("ddpo-long", 1, end=0.95)
     found = verdicts(results)
     word, mean = found["PPO with a latent critic is better than GRPO on tiny-dit, at equal images"]
     assert word == "holds" and mean == pytest.approx(0.055)
+    word, mean = found["PPO with a latent critic is better than GRPO on tiny-dit, at equal compute"]
+    assert word == "does not hold here" and mean == pytest.approx(-0.06)
     word, mean = found["PPO with a latent critic is better than DDPO on tiny-dit, at equal images"]
     assert word == "undecided" and mean == pytest.approx(0.895 - 0.95)
     assert found["PPO with a latent critic is better than GRPO on tiny-unet, at equal images"] == ("not measured", None)
@@ -197,14 +218,15 @@ def test_the_critics_claims_are_of_cost_explained_variance_and_background():
         results["ours", seed] = fake_result("ours", seed, seconds=9.0, explained=rising, background=0.80 - 0.002 * seed)
         results["pixel", seed] = fake_result("pixel", seed, seconds=15.0 + 0.1 * seed, explained=rising)
         results["joint", seed] = fake_result("joint", seed, background=0.855 + 0.001 * seed)
+        results["ours-long", seed] = fake_result("ours-long", seed, explained=[2 * number for number in rising])
     found = verdicts(results)
     word, ratio = found["The latent critic costs a 2.6th of a pixel critic or less"]
     assert word == "holds" and ratio == pytest.approx(8.1 / 2)
     assert found["The latent critic values at least as well as the pixel critic"] == ("holds", pytest.approx(0.0))
     word, least = found["The critic explains variance at every timestep"]
-    assert word == "holds" and least == pytest.approx(0.051)
+    assert word == "holds" and least == pytest.approx(0.102)
     word, growth = found["It explains more toward the clean end"]
-    assert word == "holds" and growth == pytest.approx(0.14)
+    assert word == "holds" and growth == pytest.approx(0.28)
     word, damage = found["Training on composition alone damages the background, which it does not reward"]
     assert word == "holds" and damage == pytest.approx(0.062)
     word, change = found["Joint training does not damage the background"]  # by less than counts as damage
@@ -269,7 +291,7 @@ def runner(places: repro_places.Places, jobs: int = 2, cores: int = 5) -> repro_
 
 
 def test_a_run_becomes_a_result_and_a_strip_and_its_folder_goes(places):
-    planned = repro_grid.runs([VARIANTS["ours"], VARIANTS["grpo"]], (0, 1))
+    planned = repro_grid.runs([VARIANTS[name] for name in ("ours-long", "ours", "grpo")], (0, 1))
     assert runner(places)(planned) == []
     result = json.loads((places.output / "runs" / "ours-0.json").read_text())
     assert result["variant"] == "ours" and result["seed"] == result["config"]["seed"] == 0
@@ -297,9 +319,11 @@ def test_a_run_becomes_a_result_and_a_strip_and_its_folder_goes(places):
     with Image.open(strips[0]) as after, Image.open(strips[1]) as before:
         assert after.size == before.size == (32, 4)
         assert np.unique(after).tolist() == [40] and np.unique(before).tolist() == [0]
-    # What --credit needs of seed 0 of `ours` stays.
-    assert [folder.name for folder in places.runs.iterdir() if folder.is_dir()] == ["ours-0"]
-    kept = places.runs / "ours-0" / "run"
+    with Image.open(places.pictures("ours-long")) as after:
+        assert np.unique(after).tolist() == [100]
+    # What --credit needs of seed 0 of `ours-long` stays.
+    assert [folder.name for folder in places.runs.iterdir() if folder.is_dir()] == ["ours-long-0"]
+    kept = places.runs / "ours-long-0" / "run"
     assert (kept / "metrics.jsonl").exists() and not (kept / "checkpoints").exists()
 
 
@@ -356,7 +380,7 @@ def test_what_is_interrupted_goes_on(places):
 
 def test_an_unfinished_run_keeps_what_it_had(places):
     """The log of one that goes on says so."""
-    run = repro_grid.Run(VARIANTS["ours"], 0)
+    run = repro_grid.Run(VARIANTS["ours-long"], 0)
     script = places.output.parent / "training.py"
     script.write_text(FAKE_TRAINING.replace("time.sleep(0.01)", "iteration == 7 and sys.exit(1)"))
     assert runner(places)([run]) == [run]
@@ -380,11 +404,12 @@ def test_results_of_other_settings_are_refused(places):
 
 
 def test_the_report_has_every_claim_table_and_run(places):
-    ends = {"ours": 0.85, "grpo": 0.82, "ddpo": 0.81, "grpo-clock": 0.84, "pretraining-0": 0.8, "pretraining-15": 0.86,
+    ends = {"ours-long": 0.87, "grpo-long": 0.84, "ddpo-long": 0.83, "grpo-long-clock": 0.86,
+            "ours": 0.85, "ddpo": 0.81, "grpo": 0.82, "grpo-kl": 0.80, "pretraining-0": 0.8, "pretraining-15": 0.86,
             "joint": 0.83, "tuning-ours-1": 0.83, "tuning-ours-2": 0.80}  # fmt: skip
     for name, end in ends.items():
         for seed in (100,) if name.startswith("tuning") else (0, 1, 2):
-            seconds = 9.0 if name in ("ours", "joint") else 6.5
+            seconds = 9.0 if name in ("ours-long", "ours", "joint") else 6.5
             result = fake_result(name, seed, end=end + 0.001 * seed * (seed < 100), seconds=seconds)
             repro_places.write_json(places.result(repro_grid.Run(VARIANTS[name], seed)), result)
     other = fake_result("ours", 7)
@@ -404,24 +429,68 @@ def test_the_report_has_every_claim_table_and_run(places):
         return found
 
     claim = row("PPO with a latent critic is better than GRPO on tiny-dit, at equal images")
-    assert claim[2] == "+0.030 +- 0.000 (3 seeds)" and claim[3] == "ours 0.851, grpo 0.821" and claim[-1] == "**holds**"
+    assert claim[1] == "composition, ours-long minus grpo-long" and claim[2] == "+0.030 +- 0.000 (3 seeds)"
+    assert claim[3] == "ours-long 0.871, grpo-long 0.841" and claim[-1] == "**holds**"
+    clock = row("PPO with a latent critic is better than GRPO on tiny-dit, at equal compute")
+    assert clock[2] == "+0.010 +- 0.000 (3 seeds)" and clock[3] == "ours-long 0.871, grpo-long-clock 0.861"
     assert row("15 iterations of value pretraining are better than none")[-1] == "**holds**"
     assert row("Training without guidance ends best: 1 against 4.5")[-1] == "not measured"
+    ours = row("`ours-long` PPO with the latent critic")
+    assert ours[1:4] == ["3", "4 + 96", "0.871 +- 0.001"] and ours[7:10] == ["-", "900 +- 0", "9.00 +- 0.00"]
+    assert row("`grpo-long-clock` GRPO, as many forwards of the trunk")[7] == "-0.010 +- 0.000"
     ours = row("`ours` PPO with the latent critic")
     assert ours[1:4] == ["3", "4 + 36", "0.851 +- 0.001"] and ours[7:10] == ["-", "360 +- 0", "9.00 +- 0.00"]
     assert row("`guidance-2` guidance 2 in training and evaluation")[1] == "0"
-    assert row("`grpo` GRPO in groups of 8, as many images")[7] == "-0.030 +- 0.000"
+    assert row("`ddpo` DDPO: no critic, as many images")[7] == "-0.040 +- 0.000"
+    assert row("`grpo` GRPO in groups of 8")[7] == "-"  # the others of its group are compared with it
+    assert row("`grpo-kl` GRPO with a KL penalty")[7] == "-0.020 +- 0.000"
+    assert row("`joint` three rewards, a value head each")[7] == "-0.020 +- 0.000"
+    assert any(cells[:4] == ["`ours`", "3", "4 + 36", "0.851 +- 0.001"] for cells in rows)  # beside them
     assert row("ours-2")[1] == "0.780 -> 0.852 +- 0.009" and row("tuning-ours-2-100")
     tuned = next(cells for cells in rows if cells[0] == "ours" and cells[-1] == "0.00015")  # the grid's rate
     assert tuned[1:4] == ["-", "**0.8254**", "0.7969"]
-    by_images = next(cells for cells in rows if cells[0] == "grpo-clock" and len(cells) == 8)  # 0 to 55 iterations
-    assert by_images[1:3] == ["0.780 +- 0.000", "0.791 +- 0.000"] and by_images[-1] == "0.841 +- 0.001"
+    by_images = next(cells for cells in rows if cells[0] == "grpo-long-clock" and len(cells) == 9)  # to iteration 139
+    assert by_images[1:3] == ["0.780 +- 0.000", "0.792 +- 0.000"] and by_images[-1] == "0.861 +- 0.001"
+    compared = [variant.name for variant in VARIANTS.values() if variant.group == "algorithms"]
+    by_clock = {cells[0]: cells[1:] for cells in rows if len(cells) == 5 and cells[0] in compared}
+    assert row("seconds of training") == ["seconds of training", "225", "450", "675", "900"]
+    assert set(by_clock) == {"ours-long", "grpo-long", "ddpo-long", "grpo-long-clock"}
+    assert by_clock["ours-long"] == ["0.803 +- 0.000", "0.826 +- 0.001", "0.848 +- 0.001", "0.871 +- 0.001"]
+    assert by_clock["grpo-long"] == ["0.801 +- 0.000", "0.822 +- 0.001", "-", "-"]  # it ended after 650 s
+    assert by_clock["grpo-long-clock"][-1] == "0.861 +- 0.001"
+    planned = {cells[0]: cells[1:] for cells in rows if len(cells) == 4 and cells[0] in compared}
+    assert planned["ours-long"] == ["25,600", "2,784", "900 +- 0"] and planned["ours-long-0.95"][-1] == "-"
+    assert planned["grpo-long-clock"] == ["35,584", "2,780", "904 +- 0"]
+    assert list(planned) == compared
     assert "ours-7 was made with other settings: optimizer.policy_lr 1.0 (now 0.00015), and is in the last" in text
     assert row("ours-7")[1] == "0.780 -> 0.807 +- 0.009"
     assert "Some Processor, 2 runs at a time with 1 thread each; python 3.11.7, torch 2.13.0; commit abc1234" in text
     assert "triton" not in text
     for plot in ("curves", "explained_variance", "hacking", "curves_options"):
         assert f"]({plot}.png)" in text and (places.output / f"{plot}.png").stat().st_size > 10_000
+
+
+def test_curves_have_each_variant_once(tmp_path, monkeypatch):
+    names = ("ours-long", "grpo-long", "ours-long-0.95", "ours", "pixel", "grpo", "grpo-kl", "joint", "unet-ours")
+    results = {(name, 0): fake_result(name, 0) for name in names}
+    drawn: dict[str, list[str]] = {}
+
+    def learning(axes, variants, results, over):
+        drawn[over] = [*drawn.get(over, []), "/".join(variants)]
+        axes.plot([0], [0], label="some")
+
+    monkeypatch.setattr(repro_curves, "_learning", learning)
+    assert repro_curves.plot_curves(results, tmp_path / "curves.png")
+    assert drawn == dict.fromkeys(("images", "seconds"), ["ours-long/grpo-long/ours-long-0.95", "unet-ours"])
+    drawn.clear()
+    assert repro_curves.plot_options(list(VARIANTS.values()), results, tmp_path / "curves_options.png")
+    assert drawn == {"images": ["ours/pixel", "grpo/grpo-kl", "ours/joint"]}
+    every = {(name, 0): fake_result(name, 0) for name in VARIANTS}
+    drawn.clear()
+    repro_curves.plot_curves(every, tmp_path / "curves.png")
+    repro_curves.plot_options(list(VARIANTS.values()), every, tmp_path / "curves_options.png")
+    shown = {name for names in drawn["images"] for name in names.split("/")}
+    assert shown == {variant.name for variant in VARIANTS.values() if variant.group != "tuning"}
 
 
 def test_seconds_are_matched_between_evaluations():
@@ -443,15 +512,21 @@ def test_the_script_lists_and_reports_without_runs(tmp_path):
     folders = ("--output-dir", tmp_path / "results", "--runs-dir", tmp_path / "runs")
     places = repro_places.Places(tmp_path / "results", tmp_path / "runs")
     repro_places.write_json(places.result(repro_grid.Run(VARIANTS["pixel"], 1)), fake_result("pixel", 1))
-    listed = run_script("--list", "--only", "algorithms,clip", *folders)
+    listed = run_script("--list", "--only", "algorithms,pixels,clip", *folders)
     assert listed.returncode == 0, listed.stderr
     lines = listed.stdout.splitlines()
     assert [line.split()[1] for line in lines[::2]] == [
-        "ours", "grpo", "ddpo", "grpo-clock", "ddpo-clock", "pixel", "clip-third", "clip-triple",
+        "ours-long", "grpo-long", "ddpo-long", "ours-long-0.95", "grpo-long-clock", "ddpo-long-clock",
+        "ours", "ddpo", "pixel", "clip-third", "clip-triple",
     ]  # fmt: skip
-    assert lines[10].endswith("done 1 of 3 (seed 1)") and lines[11].endswith("critic.trunk=pixels")
+    assert lines[16].endswith("done 1 of 3 (seed 1)") and lines[17].endswith("critic.trunk=pixels")
     quick = run_script("--quick", "--list", *folders)
     assert quick.stdout.count("of 2") == 8
+    assert [line.split()[:2] for line in quick.stdout.splitlines()[::2]] == [
+        *(line.split()[:2] for line in lines[:12:2]),
+        ["pretraining", "pretraining-0"],
+        ["pretraining", "pretraining-3"],
+    ]
 
     reported = run_script("--report", *folders)
     assert reported.returncode == 0, reported.stderr
@@ -462,7 +537,7 @@ def test_the_script_lists_and_reports_without_runs(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "nothing"], "--only nothing: unknown; choose of algorithms, grpo-options"),
+        (["--only", "nothing"], "--only nothing: unknown; choose of algorithms, pixels, grpo-options"),
         (["--quick", "--only", "clip"], "--only clip: not part of --quick; choose of algorithms, pretraining"),
         (["--seeds", "0,-1"], '"0,-1": give whole numbers from 0'),
         (["--jobs", "0"], "--jobs 0: give 1 or more"),

@@ -1,0 +1,142 @@
+"""A cell is one way to steer: its pictures on held-out prompts, their scores and what they took."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from repro_machine import about
+from torch import Tensor
+from tqdm import tqdm
+
+from latent_critic.engine.backbones.onednn import use_onednn
+from latent_critic.engine.config import RewardConfig
+from latent_critic.engine.critic_file import load_critic
+from latent_critic.engine.prompts import Prompt, load_prompts
+from latent_critic.engine.rewards import build_rewards, score_all
+from latent_critic.engine.saved_run import SavedRun
+from latent_critic.engine.steering import SMC, BestOfN, Guidance, Particles, Steered, Steerer
+from latent_critic.engine.world import resolve_dtype
+
+WATCHED = ("composition", "composition_strict", "background", "jpeg_compressibility")
+COUNTS = (2, 4, 8, 16)
+GUIDANCE_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
+SMC_SCALES = (1.0, 3.0, 10.0)
+CHOOSING = 256  # training prompts that scales are chosen on
+BATCH = 64
+EVERY = 2  # SMC's steps between resamplings, of 8
+SEED = 1000
+
+
+class Way(NamedTuple):
+    """particles is made anew for each use, since it keeps buffers."""
+
+    name: str
+    count: int
+    guidance: Guidance | None = None
+    particles: Callable[[], Particles] | None = None
+    transition: str | None = None  # None: as the critic was trained
+
+
+class Bench:
+    def __init__(self, folder: Path, prompts: int, seeds: int, most: int):
+        self.folder, self.seeds, self.most = folder, seeds, most
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.run_config = SavedRun(folder).config
+        held_out = load_prompts(self.run_config.prompts.eval)
+        self.prompts = [held_out[i % len(held_out)] for i in range(prompts)]
+        dtype = resolve_dtype(self.run_config.model.dtype, self.device)
+        self.backbone = SavedRun(folder).backbone(dtype)
+        use_onednn(self.backbone.trunk)
+        self.critic = load_critic(folder / "critic.safetensors", self.backbone)
+        self.watched = build_rewards([RewardConfig(name=name) for name in WATCHED])
+
+    def run(self, path: Path) -> None:
+        """Writes each cell as it ends."""
+        kept = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+        scales = kept.get("scales") or self.choose()
+        kept |= {"about": about(), "scales": scales, "prompts": len(self.prompts)}
+        ways = list(self.ways(scales["guidance"], scales["smc"]))
+        for way in tqdm(ways, desc=path.stem):
+            if way.name not in kept["cells"]:
+                kept["cells"][way.name] = self.cell(way)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(kept) + "\n")
+
+    def choose(self) -> dict[str, Any]:
+        """Scales of the highest trained reward on training prompts, which held-out ones share nothing with."""
+        prompts = load_prompts(self.run_config.prompts.train)
+        prompts = [prompts[i * len(prompts) // CHOOSING] for i in range(CHOOSING)]
+
+        def reward(way: Way) -> float:
+            found, _ = self.draw(way, prompts, SEED - 1)
+            return self.scores(found.images, prompts)[:, 0].mean().item()
+
+        guided = {
+            scale: reward(Way("", 1, Guidance(scale))) for scale in tqdm(GUIDANCE_SCALES, desc="guidance's scale")
+        }
+        smc = {
+            scale: reward(Way("", 4, None, lambda scale=scale: SMC(4, scale, EVERY)))
+            for scale in tqdm(SMC_SCALES, desc="SMC's scale")
+        }
+        best = {name: max(found, key=found.get) for name, found in (("guidance", guided), ("smc", smc))}
+        return {**best, "tried": {"guidance": list(guided.items()), "smc": list(smc.items())}}
+
+    def ways(self, scale: float, smc_scale: float) -> Iterator[Way]:
+        """Cheap ones first."""
+        middle = self.critic.rollout.num_inference_steps // 2 - 1
+        guidance = Guidance(scale)
+        yield Way("ODE", 1, transition="ode")
+        yield Way("unsteered", 1)
+        yield Way("guidance", 1, guidance)
+        for half in (0.5, 2.0):
+            yield Way(f"guidance, scale {half:g}x", 1, Guidance(half * scale))
+        yield Way("guidance, scale -1x", 1, Guidance(-scale))
+        for n in (count for count in COUNTS if count <= self.most):
+            half = {middle: max(1, n // 2)}
+            yield Way(f"best of {n} by V", n, None, lambda n=n: BestOfN(n))
+            yield Way(f"best of {n} by V, half given up midway", n, None, lambda n=n, half=half: BestOfN(n, prune=half))
+            yield Way(f"best of {n} by reward", n, None, lambda n=n: BestOfN(n, "reward"))
+            yield Way(f"SMC of {n} by V", n, None, lambda n=n: SMC(n, smc_scale, EVERY))
+            yield Way(f"SMC of {n} by reward", n, None, lambda n=n: SMC(n, smc_scale, EVERY, by="reward"))
+            yield Way(f"guidance + best of {n} by V", n, guidance, lambda n=n: BestOfN(n))
+            yield Way(f"guidance + best of {n} by reward", n, guidance, lambda n=n: BestOfN(n, "reward"))
+            yield Way(f"guidance + SMC of {n} by V", n, guidance, lambda n=n: SMC(n, smc_scale, EVERY))
+
+    def cell(self, way: Way) -> dict[str, Any]:
+        """Scores of every picture [seeds][prompts], cost of one picture, and how far two of a prompt are apart."""
+        scores, latents, costs = [], [], []
+        for seed in range(self.seeds):
+            found, cost = self.draw(way, self.prompts, SEED + seed)
+            scores.append(self.scores(found.images, self.prompts))
+            latents.append(found.latents)
+            costs.append(cost)
+        apart = (latents[0] - latents[1]).flatten(1).square().mean(1).sqrt()
+        count = len(self.prompts) * self.seeds
+        total = {name: sum(cost[name] for cost in costs) / count for name in costs[0]}
+        columns = torch.stack(scores).permute(2, 0, 1)
+        return {
+            "particles": way.count,
+            "cost": total,
+            "scores": {name: column.tolist() for name, column in zip(WATCHED, columns, strict=True)},
+            "apart": apart.tolist(),
+        }
+
+    def draw(self, way: Way, prompts: list[Prompt], seed: int) -> tuple[Steered, dict[str, float]]:
+        steerer = Steerer(
+            self.backbone,
+            self.critic,
+            self.device,
+            guidance=way.guidance,
+            particles=way.particles and way.particles(),
+            transition=way.transition,
+            batch_size=BATCH,
+            graph="step",
+        )
+        found = steerer(prompts, seed)
+        return found, dataclasses.asdict(found.cost)
+
+    def scores(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+        return score_all(self.watched, images, [p.text for p in prompts], [p.metadata for p in prompts])

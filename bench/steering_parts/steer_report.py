@@ -1,0 +1,134 @@
+"""README.md and pareto.png of the cells that are there."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from steer_runs import MODELS
+
+from latent_critic.engine.reports import SERIES, STYLE
+
+TITLES = {"base": "the base model, with a critic trained on it", "trained": "a post-trained model, with its own critic"}
+FAMILIES = {  # of the plot, by how a cell's name begins and ends
+    "best of N by V": lambda name: name.startswith("best of") and name.endswith("by V"),
+    "best of N by reward": lambda name: name.startswith("best of") and name.endswith("by reward"),
+    "SMC by V": lambda name: name.startswith("SMC") and name.endswith("by V"),
+    "SMC by reward": lambda name: name.startswith("SMC") and name.endswith("by reward"),
+    "guidance + best of N by V": lambda name: name.startswith("guidance + best") and name.endswith("by V"),
+    "guidance + SMC by V": lambda name: name.startswith("guidance + SMC"),
+}
+SINGLE = ("unsteered", "guidance")
+Cell = Mapping[str, Any]
+Number = tuple[float, float]  # mean and standard error
+
+
+def write(folder: Path) -> Path:
+    """Both models' cells, as far as they are there."""
+    found = {model: json.loads(path.read_text()) for model in MODELS if (path := folder / f"{model}.json").exists()}
+    lines = [
+        "# What the critic is worth at sampling",
+        "",
+        "Held-out prompts, a picture of each for each seed. A mean's +- is its standard error over prompts, of a "
+        "prompt's mean over seeds; differences to `unsteered` are paired. Passes are the trunk's forwards, and "
+        "backwards as two, of one kept picture; decoded are pictures that went through autoencoder and reward on the "
+        "way. *apart* is how far two pictures of a prompt, of different seeds, are apart (root mean square of their "
+        "latents): less is less variety. Only composition is what the critic was trained to foretell.",
+        "",
+    ]
+    for model, results in found.items():
+        lines += _section(model, results)
+    if found:
+        _plot(found, folder / "pareto.png")
+        lines += ["![Reward against compute](pareto.png)", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "README.md"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _section(model: str, results: Mapping[str, Any]) -> list[str]:
+    cells, where, scales = results["cells"], results["about"], results["scales"]
+    head = (
+        *("way", "composition", "minus unsteered", "strictly right, %", "background", "JPEG, kB", "apart"),
+        *("passes", "decoded", "s a picture"),
+    )
+    rows = [head, ["---"] * len(head), *(_row(name, cell, cells["unsteered"]) for name, cell in cells.items())]
+    seeds = len(cells["unsteered"]["scores"]["composition"])
+    tried = "; ".join(
+        f"{name}: {', '.join(f'{scale:g} -> {reward:.4f}' for scale, reward in pairs)}"
+        for name, pairs in scales["tried"].items()
+    )
+    return [
+        f"## From {TITLES[model]}",
+        "",
+        f"{results['prompts']} prompts, {seeds} seeds. `{where['command']}`, commit {where['commit']}, "
+        f"{where['processor']}, " + ", ".join(f"{name} {version}" for name, version in where["versions"].items()),
+        "",
+        f"Scales chosen on training prompts, by composition ({tried}): guidance {scales['guidance']:g}, "
+        f"SMC {scales['smc']:g}.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+
+
+def _row(name: str, cell: Cell, unsteered: Cell) -> list[str]:
+    own, other = (_by_prompt(each, "composition") for each in (cell, unsteered))
+    difference = "-" if cell is unsteered else "{:+.4f} +- {:.4f}".format(*_mean(own - other))
+    cost, apart = cell["cost"], _mean(np.array(cell["apart"]))
+    return [
+        name,
+        "{:.4f} +- {:.4f}".format(*_mean(own)),
+        difference,
+        f"{100 * _by_prompt(cell, 'composition_strict').mean():.1f}",
+        f"{_by_prompt(cell, 'background').mean():.3f}",
+        f"{-_by_prompt(cell, 'jpeg_compressibility').mean():.2f}",
+        "{:.3f} +- {:.3f}".format(*apart),
+        f"{passes(cell):.0f}",
+        f"{cost['scored']:.0f}" if cost["scored"] else "-",
+        f"{cost['seconds']:.3f}",
+    ]
+
+
+def passes(cell: Cell) -> float:
+    return cell["cost"]["forwards"] + 2 * cell["cost"]["backwards"]
+
+
+def _by_prompt(cell: Cell, name: str) -> np.ndarray:
+    return np.array(cell["scores"][name]).mean(0)
+
+
+def _mean(numbers: np.ndarray) -> Number:
+    return float(numbers.mean()), float(numbers.std(ddof=1) / len(numbers) ** 0.5)
+
+
+def _plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((6.4 * len(found), 4.4), layout="constrained")
+        panels = figure.subplots(1, len(found), squeeze=False)[0]
+        for axes, (model, results) in zip(panels, found.items(), strict=True):
+            cells = results["cells"]
+            for color, (family, belongs) in zip(SERIES, FAMILIES.items(), strict=False):
+                points = [cells["unsteered"], *(cell for name, cell in cells.items() if belongs(name))]
+                if len(points) > 1:
+                    _line(axes, sorted(points, key=passes), color, family)
+            for name, marker in zip(SINGLE, "o*", strict=True):
+                if name in cells:
+                    mean, _ = _mean(_by_prompt(cells[name], "composition"))
+                    axes.plot(passes(cells[name]), mean, marker, color="black", markersize=9, label=name, zorder=3)
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("passes of the trunk for a picture (a backward as two)")
+            axes.set_ylabel("held-out composition")
+            axes.set_title(f"From {TITLES[model]}")
+            axes.legend(loc="best")
+        figure.savefig(path)
+
+
+def _line(axes, points: list[Cell], color: str, label: str) -> None:
+    means = [_mean(_by_prompt(cell, "composition")) for cell in points]
+    x, y, error = [passes(cell) for cell in points], [m for m, _ in means], [e for _, e in means]
+    axes.errorbar(x, y, error, color=color, marker=".", capsize=2, label=label)

@@ -40,11 +40,16 @@ def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> 
         with torch.no_grad():
             model(*inputs)[1].sum().item()
 
+    def train() -> None:
+        if model.reference is not None:
+            model.reference_prediction(*inputs)
+        _loss(model(*inputs)).backward()
+
     rollout = _seconds(forward) / cores
     inputs = [*(_repeat(x, steps_per_forward) for x in inputs[:3]), *inputs[3:]]  # the unconditional prompt is one row
     alone = _seconds(forward) / (steps_per_forward * cores)
     with no_gradients_kept(model.parameters()):
-        training = _seconds(lambda: _loss(model(*inputs)).backward()) / (steps_per_forward * cores)
+        training = _seconds(train) / (steps_per_forward * cores)
     kept: dict[int, int] = {}
 
     def count_bytes(tensor):

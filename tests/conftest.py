@@ -203,9 +203,9 @@ def tiny_model() -> Callable:
     def make(config, awake: bool = True):
         torch.manual_seed(1)
         backbone = load_backbone(config.model.pretrained, config.model.max_sequence_length)
-        names = [reward.name for reward in config.rewards]
-        model = ActorCritic(backbone, config.critic, names, config.rollout.guidance_scale).eval()
-        if awake:
+        options = config.value_names, config.rollout.guidance_scale, config.algorithm.kl_coef > 0
+        model = ActorCritic(backbone, config.critic, *options).eval()
+        if awake and model.critic is not None:
             for head in model.critic.heads:
                 torch.nn.init.normal_(head[-1].weight)
         return model

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..advantages import normalize
 from ..config import Config
+from ..errors import UserError
 from ..prompts import Prompt
 from .base import Algorithm
 
@@ -48,4 +49,6 @@ class DDPO(Algorithm):
         return {f"history/{text}": rewards for text, rewards in self._history.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if any(rewards.shape[1] != len(self.weights) for rewards in state.values()):
+            raise UserError("the checkpoint has other rewards than the config: resume with those of its run")
         self._history = {name.removeprefix("history/"): rewards for name, rewards in state.items()}

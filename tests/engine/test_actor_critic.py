@@ -171,6 +171,48 @@ def test_frozen_weights_are_shared_by_both_trunks(tiny_config, tiny_model):
     assert {name for name in mine if mine[name] is not theirs[name]} == {name for name in mine if ".lora_" in name}
 
 
+def test_without_a_critic_there_are_no_values(make, tiny_config, tiny_model):
+    expected, inputs = make(trunk="separate")
+    model = tiny_model(tiny_config(critic={"trunk": "separate"}, algorithm={"name": "ddpo"}))
+    prediction, values = model(*inputs)
+    assert torch.equal(prediction, expected(*inputs)[0]) and values.shape == (3, 0)
+    assert values.dtype == torch.float32 and not values.requires_grad
+    assert (model.critic, model.critic_trunk, model.pixels, model.tap_indices) == (None, None, None, [])
+    assert model.critic_parameters == [] and model.units == list(model.trunk.transformer_blocks)
+    assert {id(p) for p in model.policy_parameters} == {id(p) for p in model.parameters()}
+    model(*inputs, values_only=True)
+    assert not any(hasattr(block, "tapped") for block in model.trunk.transformer_blocks)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_reference_stays_where_the_policy_was(make, tiny_config, tiny_model, guidance):
+    """The first prediction to the bit, guidance included; none of its weights is trained, none has a gradient."""
+    _, inputs = make()
+    model = tiny_model(tiny_config(algorithm={"kl_coef": 0.1}, rollout={"guidance_scale": guidance}))
+    inputs = (*inputs, *([model.backbone.encode_prompts([""])] if guidance > 1 else []))
+    prediction, _ = model(*inputs)
+    assert torch.equal(model.reference_prediction(*inputs), prediction)
+    with torch.no_grad():
+        for parameter in model.trunk.parameters():
+            parameter += 0.01
+    kept, moved = model.reference_prediction(*inputs), model(*inputs)[0]
+    assert torch.equal(kept, prediction) and not kept.requires_grad and (moved - kept).abs().mean() > 0.1
+    assert model.trunks == [model.trunk, model.reference] and model.reference is not model.trunk
+    assert not any(parameter.requires_grad for parameter in model.reference.parameters())
+    trained = {id(p) for p in (*model.policy_parameters, *model.critic_parameters)}
+    assert trained == {id(p) for p in (*model.trunk.parameters(), *model.critic.parameters())}
+
+
+def test_a_reference_has_factors_of_its_own_beside_shared_weights(tiny_config, tiny_model):
+    model = tiny_model(tiny_config())
+    choose_trained(model.trunk, LoRAConfig(rank=2), model.backbone.lora_targets(), [])
+    model = ActorCritic(model.backbone, CriticConfig(), ["a"], with_reference=True)
+    mine, theirs = (dict(trunk.named_parameters()) for trunk in model.trunks)
+    assert {name for name in mine if mine[name] is not theirs[name]} == {name for name in mine if ".lora_" in name}
+    assert all(parameter.requires_grad == (".lora_" in name) for name, parameter in mine.items())
+    assert not any(parameter.requires_grad for parameter in theirs.values())
+
+
 @pytest.mark.parametrize("scale", [1.5, 4.0])
 def test_guidance_combines_two_predictions(make, scale):
     """v = v_empty + scale (v_prompt - v_empty); the critic reads the branch with the prompt."""

@@ -144,7 +144,7 @@ def test_an_override_that_cannot_be_applied_is_refused(write, override, expected
 
 ROLLOUT_KEYS = (
     "transition, noise_level, num_inference_steps, guidance_scale, samples_per_iteration, micro_batch_size, "
-    "weights, cuda_graph, check_addresses, num_trained_steps"
+    "weights, cuda_graph, check_addresses, num_trained_steps, sde_window"
 )
 
 
@@ -196,7 +196,53 @@ ROLLOUT_KEYS = (
             'rollout.transition = "flow": expected one of "flow-sde", "dance-sde", "cps", "ddim"',
             id="no such choice",
         ),
-        pytest.param({"algorithm": {"name": "grpo"}}, 'algorithm.name = "grpo": expected "ppo"', id="one choice"),
+        pytest.param(
+            {"algorithm": {"name": "reinforce"}},
+            'algorithm.name = "reinforce": expected one of "ppo", "grpo", "ddpo"',
+            id="no such algorithm",
+        ),
+        pytest.param(
+            {"algorithm": {"reward_statistics": "group"}},
+            'algorithm.reward_statistics = "group": expected one of "global", "prompt"',
+            id="no such statistics",
+        ),
+        pytest.param(
+            {"algorithm": {"group_size": 1}}, "algorithm.group_size = 1: expected an integer >= 2", id="group of one"
+        ),
+        pytest.param(
+            {"algorithm": {"kl_coef": -0.1}}, "algorithm.kl_coef = -0.1: expected a number >= 0", id="negative weight"
+        ),
+        pytest.param(
+            {"critic": {"heads": "mean"}},
+            'critic.heads = "mean": expected one of "per-reward", "sum"',
+            id="no such heads",
+        ),
+        pytest.param(
+            {"critic": {"trunk": "pixel"}},
+            'critic.trunk = "pixel": expected one of "shared-detached", "shared", "separate", "pixels"',
+            id="no such trunk",
+        ),
+        pytest.param(
+            {"rollout": {"sde_window": {"size": 10}}},
+            "rollout.sde_window.size = 10: at most 9, the trained steps",
+            id="window of all steps",
+        ),
+        pytest.param(
+            {"rollout": {"sde_window": {"size": 3}, "num_trained_steps": 2}},
+            "rollout.sde_window.size = 3: at most 2, the trained steps",
+            id="window beyond the trained steps",
+        ),
+        pytest.param(
+            {"rollout": {"sde_window": {"size": 0}}},
+            "rollout.sde_window.size = 0: expected an integer >= 1",
+            id="empty window",
+        ),
+        pytest.param(
+            {"rollout": {"sde_window": {"evry": 2}}},
+            "rollout.sde_window.evry = 2: unknown key; did you mean rollout.sde_window.every? "
+            "Keys allowed here: size, every",
+            id="misspelt key of the window",
+        ),
         pytest.param(
             {"critic": {"taps": [0, -1]}},
             'critic.taps = [0, -1]: expected a list of integers >= 0 or "auto"',
@@ -394,6 +440,67 @@ def test_impossible_batching_states_the_nearest_valid_number(samples, nearest):
     )
 
 
+def grouped(samples: int, updates: int = 2, size: int = 6, name: str = "grpo") -> Config:
+    config = batching(samples, 4, updates).model_dump()
+    return Config.model_validate(config | {"algorithm": {"name": name, "group_size": size}})
+
+
+@pytest.mark.parametrize(
+    ("samples", "nearest"),
+    [
+        (64, "48 (or 96)"),
+        (80, "96 (or 48)"),
+        (32, "48"),
+    ],
+)
+def test_groups_are_whole_on_each_rank(samples, nearest):
+    """Each is a multiple of 16, the batches' unit; a rank takes whole groups of 6 besides: 48 = lcm(16, 12)."""
+    with pytest.raises(UserError) as caught:
+        grouped(samples).for_processes(2)
+    assert str(caught.value) == (
+        f"rollout.samples_per_iteration = {samples}: must be a multiple of 48 = (micro-batch 4 x "
+        f"training.updates_per_iteration 2 x 2 processes) and of 12 = algorithm.group_size 6 x 2 processes; "
+        f"nearest valid: {nearest}"
+    )
+    assert grouped(int(nearest.split()[0])).for_processes(2).samples_per_prompt == 6
+    assert grouped(samples, name="ddpo").for_processes(2).samples_per_prompt == 1  # others have no groups
+
+
+def test_impossible_batching_comes_before_groups():
+    with pytest.raises(UserError, match=r"= 50: must be a multiple of 16 = micro-batch 4 x [^()]*; nearest valid: 48 "):
+        grouped(50).for_processes(2)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "ddpo"])
+def test_the_critics_training_is_dropped_where_there_is_no_critic(name):
+    config = grouped(48, name=name)
+    training = config.for_processes(2).training
+    assert (config.training.value_pretraining_iterations, config.training.critic_epochs) == (15, 2)
+    found = training.value_pretraining_iterations, training.critic_epochs
+    assert found == ((15, 2) if name == "ppo" else (0, 0))
+    assert training.updates_per_iteration == 2 and config.has_critic == (name == "ppo")
+
+
+def test_a_lambda_below_1_needs_no_critic_epochs_without_a_critic(write):
+    path = write({"algorithm": {"name": "grpo", "lam": 0.5}, "training": {"critic_epochs": 0}})
+    assert load_config(path).algorithm.lam == 0.5
+
+
+def test_names_of_values(write):
+    rewards = {"rewards": [{"name": "a"}, {"name": "b"}]}
+    assert load_config(write(rewards)).value_names == ["a", "b"]
+    rewards["critic"] = {"heads": "sum"}
+    for name, expected in {"ppo": ["sum"], "grpo": [], "ddpo": []}.items():
+        assert load_config(write({**rewards, "algorithm": {"name": name}})).value_names == expected
+
+
+def test_a_window_of_all_that_is_trained_is_allowed(write):
+    window = load_config(write({"rollout": {"sde_window": {}}})).rollout.sde_window
+    assert (window.size, window.every) == (2, 4)
+    for size, more in ((9, {}), (10, {"num_trained_steps": 10})):
+        assert load_config(write({"rollout": {"sde_window": {"size": size}, **more}})).rollout.sde_window.size == size
+
+
 def test_too_few_samples_for_the_processes():
     with pytest.raises(UserError, match=r"= 3: must be a multiple of 4 = micro-batch 1 x .*; nearest valid: 4$"):
         batching(3, 16, 2).for_processes(2)
@@ -428,4 +535,5 @@ def test_steps_of_a_critic_only_pass():
 
     assert steps(24) == steps(24, trunk="shared") == 24 and steps(24, at_once=30) == 30
     assert steps(24, checkpointing=True) == 3 and steps(4, checkpointing=True) == 1
+    assert steps(24, trunk="pixels") == 1 and steps(24, trunk="pixels", checkpointing=True, at_once=5) == 5
     assert steps(24, trunk="separate") == 1 and steps(24, trunk="separate", checkpointing=True, at_once=2) == 2

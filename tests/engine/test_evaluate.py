@@ -9,10 +9,10 @@ import torch
 
 from latent_critic.engine import evaluate
 from latent_critic.engine.advantages import explained_variance
+from latent_critic.engine.algorithms import build_algorithm
 from latent_critic.engine.evaluate import Evaluation, Evaluator
 from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import Prompt
-from latent_critic.engine.reward_stats import RunningStandardizer
 from latent_critic.engine.rewards import ANY_VALUE, Reward
 from latent_critic.engine.rollout import Rollout
 from latent_critic.engine.world import World
@@ -42,26 +42,24 @@ def gather_alone(monkeypatch):
 
 @pytest.fixture
 def make(tiny_config, tiny_model):
-    """make(world, **sections) -> evaluator and the rollout it runs."""
+    """make(world, statistics, **sections) -> evaluator and the rollout it runs. statistics: count, mean and std of what
+    the algorithm has observed of the reward."""
 
-    def build(world=ALONE, **sections):
+    def build(world=ALONE, statistics=(4, 0.5, 0.1), **sections):
         evaluation = {"num_prompts": 7, "num_inference_steps": 3, "seed": 4, **sections.pop("evaluation", {})}
         config = tiny_config(evaluation=evaluation, rewards=[{"name": "jpeg_compressibility"}], **sections)
         model = tiny_model(config)
         schedule = model.backbone.schedule("flow-sde", 0.7, config.rollout.num_inference_steps, num_trained_steps=2)
-        evaluator = Evaluator(config, world, model.backbone, PROMPTS, [RED], [BLUE, RED], schedule)
+        algorithm, (count, mean, std) = build_algorithm(config, torch.ones(1)), statistics
+        if config.has_critic:
+            squares = torch.tensor([count * std**2])
+            state = {"count": torch.tensor(count), "mean": torch.tensor([mean]), "sum_squared_deviation": squares}
+            algorithm.load_state_dict(state)
+        evaluator = Evaluator(config, world, model.backbone, PROMPTS, [RED], [BLUE, RED], algorithm, schedule)
         encode, shape = PromptCache(model.backbone, CPU), model.backbone.latent_shape
         return evaluator, Rollout([model], encode, shape, config.rollout.micro_batch_size, CPU)
 
     return build
-
-
-def standardizer(mean=0.5, std=0.1):
-    found = RunningStandardizer(1)
-    found.load_state_dict(
-        {"count": torch.tensor(4.0), "mean": torch.tensor([mean]), "sum_squared_deviation": torch.tensor([4 * std**2])}
-    )
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -161,7 +159,7 @@ def test_saved_files_hold_every_prompt(tmp_path):
 def test_evaluation_of_a_model(make, gather_alone):
     """Scores of ODE samples by all rewards, each once; values and returns along the stochastic rollouts."""
     evaluator, rollout = make()
-    found = evaluator(rollout, standardizer())
+    found = evaluator(rollout)
     assert [p.text for p in found.prompts] == [PROMPTS[i % 3].text for i in range(7)]
     assert found.names == ["red", "blue"] and found.scores.shape == (7, 2)
     assert found.images.shape == (7, 64, 64, 3) and found.images.dtype == torch.uint8
@@ -180,15 +178,35 @@ def test_evaluation_of_a_model(make, gather_alone):
     assert row["eval/red"] == pytest.approx(found.scores[:, 0].double().mean().item())
     assert {key for key in row if "task" in key} == {"eval/task/colors", "eval/task/counting", "eval/task/animals"}
 
-    again = evaluator(rollout, standardizer())
+    again = evaluator(rollout)
     for name in ("scores", "images", "values", "returns"):
         assert torch.equal(getattr(again, name), getattr(found, name)), name
     assert again.row() == row
 
 
+def test_without_a_critic_there_is_one_rollout_and_nothing_to_explain(make, gather_alone, tmp_path):
+    evaluator, rollout = make(algorithm={"name": "ddpo"})
+    found, expected = evaluator(rollout), make()[0](make()[1])
+    assert found.values is None and found.returns is None
+    assert torch.equal(found.scores, expected.scores) and torch.equal(found.images, expected.images)
+    row = found.row()
+    assert row == {key: value for key, value in expected.row().items() if "explained_variance" not in key}
+    assert [loop.schedule is evaluator.ode for loop in rollout._loops.values()] == [True]
+    found.save(tmp_path / "iteration-000000", {})
+    assert list(np.load(tmp_path / "iteration-000000.npz")) == ["images"]
+
+
+def test_one_head_for_the_sum_is_judged_by_the_sum(make, gather_alone):
+    """Of one reward, which is its own sum: the same returns in the same units."""
+    (evaluator, rollout), (plain, expected) = make(critic={"heads": "sum"}), make()
+    found, per_reward = evaluator(rollout), plain(expected)
+    assert found.values.shape == (7, 4, 1) and torch.equal(found.returns, per_reward.returns)
+    assert math.isfinite(found.row()["eval/explained_variance"])
+
+
 def test_before_the_first_update_returns_are_raw(make, gather_alone):
-    evaluator, rollout = make()
-    raw, scaled = evaluator(rollout, RunningStandardizer(1)), evaluator(rollout, standardizer(mean=0.5, std=0.1))
+    (untaught, rollout), (taught, _) = make(statistics=(0, 0.0, 0.0)), make(statistics=(4, 0.5, 0.1))
+    raw, scaled = untaught(rollout), taught(rollout)
     torch.testing.assert_close(raw.returns, scaled.returns * 0.1 + 0.5, rtol=0, atol=1e-6)  # float32 on the way
     assert torch.equal(raw.values, scaled.values)
 
@@ -209,7 +227,7 @@ def test_ranks_together_find_what_one_finds(make, monkeypatch):
 
             monkeypatch.setattr(evaluate.dist, "all_gather_object", gather)
             evaluator, rollout = make(World(rank, size, CPU))
-            result = evaluator(rollout, standardizer())
+            result = evaluator(rollout)
         return result, heard
 
     one, _ = evaluate_on(1)
@@ -232,8 +250,7 @@ def test_guidance_is_the_evaluations_own(make, gather_alone):
     trained, guided = make(rollout={"guidance_scale": 2.0})
     both, _ = make(rollout={"guidance_scale": 2.0}, evaluation={"guidance_scale": 2.0})
     only, _ = make(evaluation={"guidance_scale": 2.0})
-    a, b = plain(unguided, standardizer()), trained(guided, standardizer())
-    c, d = both(guided, standardizer()), only(unguided, standardizer())
+    a, b, c, d = plain(unguided), trained(guided), both(guided), only(unguided)
     assert torch.equal(a.scores, b.scores) and torch.equal(c.scores, d.scores)
     assert torch.equal(a.values, d.values) and torch.equal(b.values, c.values)
     assert (a.scores - c.scores).abs().max() > 0.01 and (a.values - c.values).abs().max() > 0.01

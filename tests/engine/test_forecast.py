@@ -30,7 +30,7 @@ BFLOAT16 = 2
 # Round numbers in place of a model's: 1000 parameters of a policy, 100 of a critic.
 SIZES = Sizes(
     policy=1000,
-    critic=100,
+    others=100,
     trained=1100,
     trained_policy=1000,
     tensors=[10, 90, 400, 600],
@@ -126,7 +126,7 @@ def test_sizes_are_the_models(tiny_config, tiny_model):
     config = tiny_config(model={"dtype": "float32"})
     sizes, model = Sizes.of(config), tiny_model(config)
     backbone = model.backbone
-    assert (sizes.policy, sizes.critic) == (count(model.trunk), count(model.critic))
+    assert (sizes.policy, sizes.others) == (count(model.trunk), count(model.critic))
     assert sizes.trained == sum(sizes.tensors) == count(model)
     assert sizes.largest_unit == max(count(unit) for unit in model.units)
     assert sizes.buffers == sum(b.numel() for b in model.buffers()) * 4 > 0  # of positions
@@ -136,6 +136,44 @@ def test_sizes_are_the_models(tiny_config, tiny_model):
     encoded = backbone.encode_prompts(["a red circle"])
     assert sizes.conditioning == sum(tensor.nbytes for tensor in encoded.values())
     assert sizes.trained_steps == 3
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"algorithm": {"name": "grpo", "group_size": 4}},
+        {"algorithm": {"name": "grpo", "group_size": 4, "kl_coef": 0.04}},
+        {"algorithm": {"kl_coef": 0.04}},
+        {"critic": {"trunk": "pixels"}},
+        {"critic": {"heads": "sum"}},
+    ],
+    ids=str,
+)
+def test_sizes_of_other_ways_to_train(tiny_config, tiny_model, sections):
+    """A model on no device has the parameters of the one that is trained; a reference is not trained."""
+    config = tiny_config(model={"dtype": "float32"}, **sections)
+    sizes, model = Sizes.of(config), tiny_model(config)
+    policy, reference = count(model.trunk), count(model.trunk) if config.algorithm.kl_coef else 0
+    critic = sum(count(part) for part in (model.critic, model.pixels) if part is not None)
+    assert (sizes.policy, sizes.others) == (policy, critic + reference)
+    assert (critic > 0) == config.has_critic
+    assert (sizes.trained, sizes.trained_policy) == (policy + critic, policy)
+    assert sorted(sizes.tensors) == sorted(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_reference_is_a_forward_of_each_training_pass(tiny_config):
+    """And none of a rollout; it keeps no activation."""
+    grpo = {"name": "grpo", "group_size": 4}
+    options = {"model": {"dtype": "float32"}}
+    plain, kl = (Passes.of(build(tiny_config(algorithm=grpo | more, **options))) for more in ({}, {"kl_coef": 0.04}))
+    assert kl.sampling == plain.sampling
+    assert kl.training.flops == pytest.approx(plain.training.flops + plain.sampling.flops, rel=1e-9)
+    # What stays besides is the prediction, 4 x 16 x 16 float32 numbers.
+    assert 0 <= kl.training.bytes - plain.training.bytes <= 2 * 4 * 16 * 16 * 4
+
+
+def test_a_window_trains_as_many_steps_as_it_has(tiny_config):
+    assert Sizes.of(tiny_config(rollout={"sde_window": {"size": 2}})).trained_steps == 2
 
 
 def test_activations_are_those_that_a_cpu_keeps(tiny_config, tiny_model):
@@ -326,7 +364,7 @@ def test_the_fullest_phase(memory):
 
 @pytest.mark.parametrize("most", [1, 3, 16, 57])
 def test_steps_that_share_a_forward_are_the_updaters(most):
-    parts = parts_of([slice(0, 4)], 40, most, 1)
+    parts = parts_of([slice(0, 4)], slice(0, 40), most, 1)
     assert memory_module._steps_at_once(40, most) == max(part.steps.stop - part.steps.start for part in parts)
 
 

@@ -178,6 +178,13 @@ def test_progress_on_a_terminal_is_a_bar_in_place(monkeypatch):
     assert "a message\n" in shown
 
 
+def test_progress_names_the_algorithm():
+    for name, shown in (("ppo", "PPO"), ("grpo", "GRPO"), ("ddpo", "DDPO")):
+        file = io.StringIO()
+        ProgressBar(total=1, file=file).update({"phase": name, "reward/composition": 0.5, "clipfrac": 0.25})
+        assert file.getvalue() == f"{shown} 1/1 [00:00<00:00] reward composition 0.5, clipfrac 0.250\n"
+
+
 def test_first_update_is_explained_once():
     file = io.StringIO()
     bar = ProgressBar(total=3, file=file)

@@ -111,6 +111,55 @@ def test_a_trunk_of_its_own_is_the_critics(tiny_config, tiny_model):
     assert f": policy {policy:,} + critic {policy + count(separate.critic):,} parameters" in text
 
 
+def plan_of(config, model):
+    text = describe_plan(config, World(0, 1, CPU), model, 3, COST, *WORDS)
+    return {line[2:12].strip(): line[13:] for line in text.splitlines()}
+
+
+def test_a_plan_without_a_critic_speaks_of_none(tiny_config, tiny_model):
+    """Groups in its place. 8 samples are 4 micro-batches: 4 x (0.5 x 4 + 2 x 3) = 32 s, no pass of a critic with them;
+    evaluations at 0 and at the end: 1 prompt each, 0.5 x (4 + 10) = 7 s, and so 30 x 32 + 2 x 7 = 974 s."""
+    sections = {
+        "training": {"iterations": 30, "updates_per_iteration": 2},
+        "evaluation": {"num_prompts": 2, "every": 0},
+    }
+    config = tiny_config(algorithm={"name": "grpo", "group_size": 4}, **sections).for_processes(1)
+    model = tiny_model(config)
+    lines, policy = plan_of(config, model), count(model.trunk)
+    assert lines["model"].endswith(f": policy {policy:,} parameters, float32") and count(model) == policy
+    assert lines["iteration"] == "8 samples in micro-batches of 2, 2 updates, groups of 4"
+    assert lines["length"] == "30 GRPO iterations, about 16 min (32.0 s an iteration)"
+    ddpo = plan_of(tiny_config(algorithm={"name": "ddpo"}, **sections).for_processes(1), model)
+    assert ddpo["iteration"] == "8 samples in micro-batches of 2, 2 updates"
+    assert ddpo["length"] == lines["length"].replace("GRPO", "DDPO") and ddpo["model"] == lines["model"]
+
+
+def test_a_reference_is_counted_beside_the_policy(tiny_config, tiny_model):
+    """Frozen: a weight of 4 bytes, where what is trained has 4 + 4 + 12."""
+    config = tiny_config(algorithm={"name": "grpo", "kl_coef": 0.04, "group_size": 4})
+    model = tiny_model(config)
+    lines, policy = plan_of(config, model), count(model.trunk)
+    assert lines["model"].endswith(f": policy {policy:,} + reference {policy:,} parameters, float32")
+    assert lines["memory"].startswith(f"{(24 * policy) / 2**20:,.0f} MiB of weights, gradients and optimizer, ")
+    config = tiny_config(algorithm={"kl_coef": 0.04})
+    model = tiny_model(config)
+    others = policy + count(model.critic)
+    assert f": policy {policy:,} + critic and reference {others:,} parameters" in plan_of(config, model)["model"]
+
+
+def test_a_critic_on_pictures_is_counted_with_its_transformer(tiny_config, tiny_model):
+    """Of 4 blocks 128 wide: a block has 4 x (128^2 + 128) of attention, 2 x 128 x 512 + 512 + 128 of the MLP and two
+    norms; patches of 8 x 8 x 3, a token and 65 positions of 128, and a last norm."""
+    config = tiny_config(critic={"trunk": "pixels"})
+    model = tiny_model(config)
+    block = 4 * (128 * 128 + 128) + 2 * 128 * 512 + 512 + 128 + 2 * 2 * 128
+    transformer = 4 * block + (8 * 8 * 3 * 128 + 128) + 128 + 65 * 128 + 2 * 128
+    assert count(model.pixels) == transformer
+    policy, others = count(model.trunk), transformer + count(model.critic)
+    assert f": policy {policy:,} + critic {others:,} parameters" in plan_of(config, model)["model"]
+    assert len(model.units) == 3 + 2  # blocks, and each part of the critic as a whole
+
+
 @pytest.mark.parametrize(
     "ranks, changes, length",
     [
@@ -138,12 +187,22 @@ def test_predicted_time(plan, ranks, changes, length):
     assert plan(ranks, **changes)["length"] == length
 
 
+def test_a_model_without_values_is_measured(tiny_config, tiny_model):
+    model = tiny_model(tiny_config(algorithm={"name": "grpo"}))
+    inputs = torch.zeros(2, 4, 16, 16), torch.full((2,), 500.0), model.backbone.encode_prompts(["a red circle"] * 2)
+    cost = measure(model, 1, 1, *inputs)
+    assert all(0 < seconds < 60 for seconds in (cost.rollout, cost.forward, cost.training))
+    assert cost.activations > 2 * 64 * 64 * 4 * 3  # a block's tokens at the least, in float32
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_measure_counts_what_autograd_keeps_and_leaves_nothing_behind():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.trunk = torch.nn.Linear(50, 50, bias=False)
             self.critic = torch.nn.Linear(50, 1)
+            self.reference = None
 
         def forward(self, x):
             prediction = self.trunk(x)

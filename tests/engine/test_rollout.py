@@ -68,7 +68,7 @@ def test_trajectory_holds_what_was_sampled(sample):
         "prompt_embeds": 8,
         "pooled_prompt_embeds": 8,
     }
-    assert found.trained_steps == STEPS - 1  # the last step is the ODE's
+    assert found.trained_steps == slice(0, STEPS - 1) and found.seed == SEED  # the last step is the ODE's
     assert torch.equal(found.log_probs[:, -1], torch.zeros(8))
     assert torch.equal(found.latents[:, 0], keyed_noise(SEED, found.sample_indices, 0, (4, 16, 16)))
 
@@ -101,9 +101,9 @@ def test_ratio_is_exactly_one_on_a_fresh_batch(sample, transition, noise_level, 
     """With gradients, as the update computes it: to the last bit, for each trained step of each micro-batch."""
     found = sample(transition=transition, noise_level=noise_level, guidance=guidance)
     unconditional = sample.encode([""]) if guidance > 1 else None
-    assert found.trained_steps == STEPS - 1
+    assert found.trained_steps == slice(0, STEPS - 1)
     for batch in (slice(0, 4), slice(4, 8)):
-        for k in range(found.trained_steps):
+        for k in range(STEPS - 1):
             z, z_next = found.latents[batch, k], found.latents[batch, k + 1]
             prediction, values = sample.model(
                 z, found.timesteps[k].expand(4), rows(found.conditioning, batch), unconditional
@@ -155,6 +155,7 @@ def test_ranks_together_draw_what_one_draws(sample):
     assert torch.equal(parts.log_probs, whole.log_probs) and torch.equal(parts.values, whole.values)
     assert all(torch.equal(parts.conditioning[name], whole.conditioning[name]) for name in whole.conditioning)
     assert parts.prompts == whole.prompts and torch.equal(parts.sample_indices, whole.sample_indices)
+    assert parts.seed == whole.seed == SEED
     assert torch.equal(parts.table, whole.table) and torch.equal(parts.timesteps, whole.timesteps)
 
 

@@ -19,9 +19,12 @@ AFTER = {"dense": [0.2, 0.2, 0.5, 0.7], "composition_strict": [1.0, 0.0, 1.0, 1.
 
 @pytest.fixture
 def write(tmp_path):
-    """write({iteration: scores}, [rows]): a run folder; the pictures of an iteration have its number as their grey."""
+    """write({iteration: scores}, [rows]): a run folder; the pictures of an iteration have its number as their grey.
 
-    def write(scores, rows=(), count=4):
+    has_critic: with values and rewards to compare them with.
+    """
+
+    def write(scores, rows=(), count=4, has_critic=True):
         (tmp_path / "evaluations").mkdir()
         for iteration, columns in scores.items():
             path = tmp_path / "evaluations" / f"iteration-{iteration:06d}"
@@ -30,7 +33,8 @@ def write(tmp_path):
             path.with_suffix(".json").write_text(json.dumps(content))
             values = np.linspace(-1, 1, count * 3, dtype=np.float32).reshape(count, 3)
             images = np.full((count, 64, 64, 3), iteration, np.uint8)
-            np.savez(path, images=images, values=values, rewards=values[:, -1])
+            critic = {"values": values, "rewards": values[:, -1]} if has_critic else {}
+            np.savez(path, images=images, **critic)
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return tmp_path
 
@@ -77,6 +81,19 @@ def test_pictures_and_where_they_are(write, monkeypatch):
     assert (before.grey, after.grey) == (0, 100)
     assert before.captions == after.captions == PROMPTS
     assert before.marks == [False, False, True, True] and after.marks == [True, False, True, True]
+
+
+@pytest.mark.parametrize("name", ["grpo", "ddpo"])
+def test_a_run_without_a_critic(write, name):
+    rows = [{"iteration": 0}] + [
+        {"iteration": 1 + i, "phase": name, "overhead": x} for i, x in enumerate((1.1, 1.2, 9))
+    ]
+    run_dir = write({0: BEFORE, 10: AFTER}, rows, has_critic=False)
+    text = summarize(run_dir)
+    assert "overhead: an iteration takes 1.200 x its trunk forwards and backwards (median)" in text
+    assert f"pictures:   {run_dir}/comparison.png, samples_before.png, samples_after.png, curves.png\n" in text
+    assert f"model:      {run_dir}/pipeline (DiffusionPipeline.from_pretrained)\n" in text
+    assert (run_dir / "curves.png").exists() and not (run_dir / "critic.png").exists()
 
 
 def test_a_lora_run_has_factors(write):

@@ -322,10 +322,10 @@ def test_value_pretraining_teaches_the_critic_and_leaves_the_policy_alone(tiny_p
     )
     trainer = Trainer(Config.model_validate_json(json.dumps(config)), world, tmp_path / "run")
     policy = gather_state(trainer.model.trunk)
-    before = trainer.evaluator(trainer.rollout, trainer.standardizer)
+    before = trainer.evaluator(trainer.rollout)
     rows = [trainer.iterate(iteration) for iteration in range(4)]
     trainer.refresh()
-    after = trainer.evaluator(trainer.rollout, trainer.standardizer)
+    after = trainer.evaluator(trainer.rollout)
 
     assert {row["phase"] for row in rows} == {"value_pretraining"}
     assert all("policy_loss" not in row and row["value_loss"] > 0 for row in rows)

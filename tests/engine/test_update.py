@@ -74,7 +74,7 @@ class Run:
     def ppo(self, trajectory, advantages, returns, seed=0, **scales):
         order = torch.Generator().manual_seed(seed)
         outcome = SimpleNamespace(advantages=advantages, returns=returns)
-        return self.updater.ppo(trajectory, outcome, self.unconditional, order, **scales)
+        return self.updater.policy(trajectory, outcome, self.unconditional, order, **scales)
 
     def critic(self, trajectory, returns, epochs=1, seed=0):
         order = torch.Generator().manual_seed(seed)
@@ -99,9 +99,9 @@ def start(tiny_config, tiny_model, world):
 def targets(trajectory, seed=0):
     """Advantages [N, T] of the trained and returns [N, K, M] of all steps, of order 1."""
     generator = torch.Generator().manual_seed(seed)
-    count, steps = len(trajectory.latents), trajectory.trained_steps
+    count, trained = len(trajectory.latents), trajectory.trained_steps
     returns = torch.randn(count, 1, 2, generator=generator).expand(-1, STEPS, -1)
-    return torch.randn(count, steps, generator=generator), returns
+    return torch.randn(count, trained.stop - trained.start, generator=generator), returns
 
 
 def moments(module):
@@ -127,11 +127,15 @@ class Reference:
         self.config, self.model = config, model
         options = dict(betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay)
         self.policy = torch.optim.AdamW(model.trunk.parameters(), lr=config.optimizer.policy_lr, **options)
-        self.critic = torch.optim.AdamW(model.critic.parameters(), lr=config.optimizer.critic_lr, **options)
+        self.critic = None
+        if model.critic is not None:
+            self.critic = torch.optim.AdamW(model.critic.parameters(), lr=config.optimizer.critic_lr, **options)
+        self.base = copy.deepcopy(model.trunk)  # whose predictions a KL keeps the policy near to
 
     def run(self, trajectory, advantages, returns, unconditional, seed, train_policy):
         config, size = self.config, self.config.rollout.micro_batch_size
         updates, norms, losses = config.training.updates_per_iteration, [], []
+        self.distances = []
         batches = torch.randperm(
             len(trajectory.latents) // size, generator=torch.Generator().manual_seed(seed)
         ).tolist()
@@ -139,15 +143,19 @@ class Reference:
         for update in range(updates):
             self.model.zero_grad()
             mine, total = batches[update * share : (update + 1) * share], []
-            steps = trajectory.trained_steps if train_policy else STEPS
+            trained = trajectory.trained_steps
+            steps = range(STEPS)[trained] if train_policy else range(STEPS)
             for i in mine:
                 batch = slice(i * size, (i + 1) * size)
-                for k in range(steps):
+                for k in steps:
                     z, z_next = trajectory.latents[batch, k], trajectory.latents[batch, k + 1]
                     t = trajectory.timesteps[k].expand(size)
-                    v, values = self.model(z, t, rows(trajectory.conditioning, batch), unconditional)
-                    bound = config.algorithm.target_clip
-                    loss = value = 0.5 * (values - returns[batch, k].clamp(-bound, bound)).square().mean()
+                    conditioning = rows(trajectory.conditioning, batch)
+                    v, values = self.model(z, t, conditioning, unconditional)
+                    value, bound = torch.zeros(()), config.algorithm.target_clip
+                    if self.critic:
+                        value = 0.5 * (values - returns[batch, k].clamp(-bound, bound)).square().mean()
+                    loss = value
                     policy = torch.zeros(())
                     if train_policy:
                         a, b, s = trajectory.table[k].tolist()
@@ -157,23 +165,27 @@ class Reference:
                             .mean(1)
                         )
                         ratio = (log_prob - trajectory.log_probs[batch, k]).exp()
-                        clip, gain = config.algorithm.clip_range, advantages[batch, k]
+                        clip, gain = config.algorithm.clip_range, advantages[batch, k - trained.start]
                         policy = -torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain).mean()
-                        loss = policy + config.critic.value_coef * value
-                    total.append(loss / (len(mine) * steps))
+                        with torch.no_grad():
+                            base = self.model.backbone.predict(self.base, z, t, conditioning)
+                        distance = (v - base).square().mean()
+                        loss = policy + config.critic.value_coef * value + config.algorithm.kl_coef * distance
+                        self.distances.append(distance.item())
+                    total.append(loss / (len(mine) * len(steps)))
                     losses.append((policy.item(), value.item()))
             sum(total).backward()
             if not train_policy:
                 for parameter in self.model.trunk.parameters():
                     parameter.grad = None
-            parts = [
-                [p.grad for p in m.parameters() if p.grad is not None] for m in (self.model.trunk, self.model.critic)
-            ]
+            modules = [self.model.trunk, *([self.model.critic] if self.critic else [])]
+            parts = [[p.grad for p in module.parameters() if p.grad is not None] for module in modules]
             norms.append([math.sqrt(sum(g.square().sum().item() for g in part)) for part in parts])
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.gradient_clipping)
             if train_policy:
                 self.policy.step()
-            self.critic.step()
+            if self.critic:
+                self.critic.step()
         return torch.tensor(norms).mean(0).tolist(), torch.tensor(losses).mean(0).tolist()
 
 
@@ -199,6 +211,7 @@ CASES = {
             "training": {"updates_per_iteration": 1},
         },
     ),
+    "no critic, KL": ([True, True], {"algorithm": {"name": "grpo", "group_size": 2, "kl_coef": 40.0}}),
 }
 
 
@@ -207,8 +220,9 @@ CASES = {
 def test_equals_plain_pytorch(start, tiny_model, case, at_once):
     """Value pretraining and PPO; PPO, critic, PPO: under ZeRO-3 against the reference, from the same trajectory."""
     phases, sections = CASES[case]
-    options = {"algorithm": {"clip_range": 1e-3, "target_clip": 0.5}, "optimizer": {"gradient_clipping": 0.5}}
-    run = start(at_once, **options, **sections)
+    algorithm = {"clip_range": 1e-3, "target_clip": 0.5, **sections.get("algorithm", {})}
+    options = {"algorithm": algorithm, "optimizer": {"gradient_clipping": 0.5}}
+    run = start(at_once, **{**sections, **options})
     model = tiny_model(run.config)
     reference = Reference(run.config, model)
     first = run.weights()
@@ -229,18 +243,26 @@ def test_equals_plain_pytorch(start, tiny_model, case, at_once):
             assert found["policy_loss"] == pytest.approx(losses[0], rel=1e-4, abs=1e-6)
             assert math.hypot(*norms) > 0.5  # the gradient clip has something to do
             assert (found["first_ratio"] == 1.0 and found["first_ratio_deviation"] == 0.0) == fresh
+            if run.config.algorithm.kl_coef:  # of order 1e-5, as far as an update goes; 0 in the first
+                mean = sum(reference.distances) / len(reference.distances)
+                assert found["reference_kl"] == pytest.approx(mean, rel=1e-2) and mean > 1e-6
+            assert ("reference_kl" in found) == (run.config.algorithm.kl_coef > 0)
             fresh = False
         else:
             found = run.critic(trajectory, returns, seed=seed)
-        assert found["grad_norm/critic"] == pytest.approx(norms[1], rel=1e-4)
-        assert found["value_loss"] == pytest.approx(losses[1], rel=1e-4)
+        if run.config.has_critic:
+            assert found["grad_norm/critic"] == pytest.approx(norms[1], rel=1e-4)
+            assert found["value_loss"] == pytest.approx(losses[1], rel=1e-4)
+        else:
+            assert not {"grad_norm/critic", "value_loss"} & found.keys()
     weights, expected = run.weights(), model.state_dict()
     # Adam's steps of 1e-4 (policy) and 1e-3 (critic), on gradients that agree to 1e-6. Where the gradient is rounding
     # noise alone, a step could differ by twice its rate: none is seen.
     for name in expected:
         assert (weights[name] - expected[name]).abs().max() < 1e-5, name
     moved = {name: (expected[name] - first[name]).abs().max().item() for name in expected}
-    assert all(moved[name] > (1e-3 if name.startswith("critic") else 1e-4) for name in MUST_MOVE), moved
+    must_move = [name for name in MUST_MOVE if run.config.has_critic or not name.startswith("critic")]
+    assert all(moved[name] > (1e-3 if name.startswith("critic") else 1e-4) for name in must_move), moved
 
 
 @pytest.mark.parametrize(
@@ -260,7 +282,8 @@ def test_equals_plain_pytorch(start, tiny_model, case, at_once):
 )
 def test_parts_cover_each_pair_once_and_weigh_it_the_same(sizes, steps, steps_per_forward, at_once, spans, samples):
     batches = [slice(100 * i, 100 * i + size) for i, size in enumerate(sizes)]
-    parts = parts_of(batches, steps, steps_per_forward, at_once)
+    first = 5  # the trained steps need not be the first
+    parts = parts_of(batches, slice(first, first + steps), steps_per_forward, at_once)
     pairs = {}
     for part in parts:
         rows, numbers = range(10_000)[part.samples], range(10_000)[part.steps]
@@ -268,7 +291,8 @@ def test_parts_cover_each_pair_once_and_weigh_it_the_same(sizes, steps, steps_pe
             for k in numbers:
                 assert (row, k) not in pairs
                 pairs[row, k] = part.weight / (len(rows) * len(numbers))
-    assert set(pairs) == {(row, k) for batch in batches for row in range(10_000)[batch] for k in range(steps)}
+    expected = range(first, first + steps)
+    assert set(pairs) == {(row, k) for batch in batches for row in range(10_000)[batch] for k in expected}
     assert all(weight == pytest.approx(1 / len(pairs)) for weight in pairs.values())
     assert [part.steps.stop - part.steps.start for part in parts] == spans * len(samples)
     assert [part.samples.stop - part.samples.start for part in parts[:: len(spans)]] == samples
@@ -314,7 +338,7 @@ def test_which_thread_is_faster_changes_no_bit(start, tiny_model):
     run = start(3)
     trajectory = run.sample(model=tiny_model(run.config))
     advantages, returns = targets(trajectory)
-    parts = parts_of([slice(i, i + 1) for i in range(4)], TRAINED, 1, 3)
+    parts = parts_of([slice(i, i + 1) for i in range(4)], trajectory.trained_steps, 1, 3)
     assert len(parts) == 8
 
     def gradients(slow: int) -> tuple[list, list]:
@@ -351,7 +375,7 @@ def test_a_pass_that_fails_ends_the_step(start, tiny_model):
             raise TrainingError("gone")
 
     with pytest.raises(TrainingError, match="gone"):
-        run.updater.ppo(trajectory, Broken(), None, torch.Generator())
+        run.updater.policy(trajectory, Broken(), None, torch.Generator())
     assert same(run.weights(), before)
     assert not any(twin.requires_grad for _, twin in run.passes._weights.trained)
     found = run.ppo(trajectory, *targets(trajectory))  # and nothing of it is left
@@ -364,7 +388,7 @@ def test_first_update_of_a_fresh_batch_has_ratio_one(start, at_once):
     run = start(at_once, rollout={"samples_per_iteration": 2})
     for transition in ("dance-sde", "ddim"):
         trajectory = run.sample(transition)
-        assert trajectory.trained_steps == TRAINED
+        assert trajectory.trained_steps == slice(0, TRAINED)
         run.clock.read()
         found = run.ppo(trajectory, *targets(trajectory), lr_scale=0.5, warm_up=0.25)
         assert [group["lr"] for group in run.engine.optimizer.param_groups] == [0.125e-4, 0.5e-3]
@@ -391,7 +415,7 @@ def test_the_trunk_computes_while_the_last_pictures_are_scored(start):
             forwards.append("asked")
             return targets(trajectory)[1]
 
-    for update in (run.updater.ppo, lambda *inputs: run.updater.critic(*inputs, epochs=1)):
+    for update in (run.updater.policy, lambda *inputs: run.updater.critic(*inputs, epochs=1)):
         forwards.clear()
         update(trajectory, Late(), None, torch.Generator())
         assert forwards[:2] == ["forward", "asked"]

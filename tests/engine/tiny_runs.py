@@ -257,7 +257,7 @@ def train_and_look(config: dict, plain: bool) -> None:
     run.refresh()
     seen["copy"] = {name: tensor.clone() for name, tensor in copy.named_parameters()}
     seen["copy stayed"] = places == [parameter.data_ptr() for parameter in copy.parameters()]
-    seen["evaluation"] = vars(run.evaluator(run.rollout, run.standardizer))
+    seen["evaluation"] = vars(run.evaluator(run.rollout))
     if not plain:
         parameters = dict(run.model.named_parameters())
         seen["shards"] = {n: (p.ds_numel, p.ds_tensor.numel(), p.numel()) for n, p in parameters.items()}
@@ -294,6 +294,30 @@ def train_and_export(config: dict) -> None:
     seen["prompts"] = [prompt.text for prompt in prompts]
     if world.is_main:
         torch.save(seen, "seen-0.pt")
+
+
+def estimate(configs: dict, iterations: list) -> None:
+    """Each algorithm's advantages of this rank's part of the samples, by iteration; seen-RANK.pt has its state too."""
+    import torch
+
+    from latent_critic.engine import sharding
+    from latent_critic.engine.algorithms import build_algorithm
+    from latent_critic.engine.config import Config
+    from latent_critic.engine.prompts import Prompt
+
+    world, seen = sharding.init_distributed(), {}
+    for name, config in configs.items():
+        config = Config.model_validate_json(json.dumps(config))
+        algorithm = build_algorithm(config, torch.tensor([reward.weight for reward in config.rewards]))
+        seen[name] = []
+        for raw, values, texts in iterations:
+            share = len(raw) // world.size
+            mine = slice(world.rank * share, (world.rank + 1) * share)
+            prompts = [Prompt(text) for text in texts[mine]]
+            algorithm.observe(raw[mine], prompts)
+            seen[name].append(algorithm.advantages(raw[mine], values[mine], slice(0, 3), prompts))
+        seen[f"{name}, state"] = algorithm.state_dict()
+    torch.save(seen, f"seen-{world.rank}.pt")
 
 
 class PlainEngine:

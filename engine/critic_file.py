@@ -14,6 +14,7 @@ from .actor_critic import ActorCritic
 from .backbones.base import Backbone
 from .config import Config, CriticConfig, RewardConfig, RolloutConfig
 from .errors import UserError
+from .reward_stats import sum_of_rewards
 
 
 def describe_critic(config: Config, taps: list[int], names: list[str], units: dict[str, Tensor]) -> dict[str, str]:
@@ -39,6 +40,7 @@ class TrainedCritic:
     rollout: RolloutConfig  # how it was trained
     mean: Tensor  # float64 [R], of the rewards whose standardised form it foretells
     std: Tensor
+    is_sum: bool  # one value for the sum of the rewards
 
     def weights(self, given: dict[str, float] | None = None) -> Tensor:
         """float32 [M]: those of the training, or of the values that are named. UserError where it has no such value."""
@@ -51,11 +53,10 @@ class TrainedCritic:
 
     def standardize(self, raw: Tensor) -> Tensor:
         """Rewards [N, R] in the critic's units, float32 [N, M]."""
-        rewards = (raw.double() - self.mean.to(raw.device)) / self.std.to(raw.device)
-        if len(self.names) < len(self.rewards):
-            weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64)
-            rewards = rewards @ (weights / weights.norm()).to(raw.device)[:, None]
-        return rewards.float()
+        rewards = ((raw.double() - self.mean.to(raw.device)) / self.std.to(raw.device)).float()
+        if self.is_sum:
+            return sum_of_rewards(rewards, torch.tensor([reward.weight for reward in self.rewards]))
+        return rewards
 
 
 def load_critic(path: Path, backbone: Backbone) -> TrainedCritic:
@@ -68,10 +69,11 @@ def load_critic(path: Path, backbone: Backbone) -> TrainedCritic:
     if config.trunk == "pixels":
         raise UserError(f"{path}: a critic on pixels has no gradient to latents; train one with critic.trunk another")
     names, taps = json.loads(about["values"]), json.loads(about["taps"])
+    rollout = RolloutConfig.model_validate_json(about["rollout"])
     backbone.trunk.requires_grad_(False)
     try:
         config = config.model_copy(update={"taps": taps})
-        model = ActorCritic(backbone, config, names, RolloutConfig.model_validate_json(about["rollout"]).guidance_scale)
+        model = ActorCritic(backbone, config, names, rollout.guidance_scale)
     except UserError as error:
         raise UserError(f"{path}: trained on {about['model']}, which this model is not like: {error}") from error
     mine = model.critic.state_dict()
@@ -96,8 +98,9 @@ def load_critic(path: Path, backbone: Backbone) -> TrainedCritic:
         model,
         names,
         [RewardConfig.model_validate(reward) for reward in json.loads(about["rewards"])],
-        RolloutConfig.model_validate_json(about["rollout"]),
+        rollout,
         *(torch.tensor(units[name], dtype=torch.float64) for name in ("mean", "std")),
+        is_sum=config.heads == "sum",
     )
 
 

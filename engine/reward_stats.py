@@ -21,6 +21,11 @@ def critic_units(state: dict[str, Tensor], num_rewards: int) -> dict[str, Tensor
     return {"mean": torch.zeros(num_rewards), "std": torch.ones(num_rewards)}
 
 
+def sum_of_rewards(standardized: Tensor, weights: Tensor) -> Tensor:
+    """One reward [N, 1] in place of M [N, M]: their weighted sum, of about unit scale as they are."""
+    return standardized @ (weights / weights.norm()).to(standardized)[:, None]
+
+
 class RunningStandardizer:
     """(reward - mean) / std of M rewards, with statistics that forget.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..advantages import gae, normalize
 from ..config import Config
 from ..prompts import Prompt
-from ..reward_stats import RunningStandardizer
+from ..reward_stats import RunningStandardizer, sum_of_rewards
 from .base import Algorithm
 
 
@@ -27,11 +27,9 @@ class PPO(Algorithm):
 
     def earned(self, raw: Tensor) -> Tensor:
         """Standardised, once anything was observed. Their sum is of standardised rewards too, so that one head differs
-        from several in what it is told, not in the rewards' units; its length of 1 is that of a single reward."""
+        from several in what it is told, not in the rewards' units."""
         rewards = self.standardizer.standardize(raw) if self.standardizer.count > 0 else raw
-        if self.is_sum:
-            rewards = rewards @ (self.weights / self.weights.norm()).to(rewards)[:, None]
-        return rewards
+        return sum_of_rewards(rewards, self.weights) if self.is_sum else rewards
 
     def returns(self, raw: Tensor, values: Tensor) -> Tensor:
         """Without bootstrapping, since a critic taught by itself drifts."""

@@ -45,7 +45,10 @@ class SteeredLoop(DenoisingLoop):
         self.backwards = 0  # samples whose gradient was taken
         self.offset = torch.tensor(first, device=weights.device)
         self.per_score = model.backbone.per_score(schedule.timesteps)
-        self.potentials = torch.zeros(len(schedule.timesteps), size, device=weights.device)
+        steps, stay = len(schedule.timesteps), torch.arange(count, device=weights.device)
+        # Of those that take a step, and whose places they were in before it.
+        self.potentials = torch.zeros(steps, size, device=weights.device)
+        self.ancestors = stay.repeat(steps, size // count, 1)
         on_host = guidance is not None or particles.by == "reward"
         backbone = model.backbone
         super().__init__(
@@ -61,6 +64,7 @@ class SteeredLoop(DenoisingLoop):
 
     def __call__(self, noises: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
         self._number, self.backwards = self.first, 0
+        self.ancestors.copy_(torch.arange(self.count, device=self.ancestors.device).expand_as(self.ancestors))
         return super().__call__(noises, conditioning)
 
     def _step(self) -> None:
@@ -85,9 +89,10 @@ class SteeredLoop(DenoisingLoop):
             if not self.particles.judges(self._number):
                 return z, v
             potential = self.judge(z, v, self.timesteps.index_select(0, self.step)[0])
+        if self.particles.resamples:
+            chosen = self.particles.select(self.offset + self.step[0], potential.unflatten(0, (-1, self.count)))
+            self.ancestors.index_copy_(0, self.step, chosen[None])
+            places = (torch.arange(0, len(z), self.count, device=z.device)[:, None] + chosen).flatten()
+            z, v, potential = z[places], v[places], potential[places]
         self.potentials.index_copy_(0, self.step, potential[None])
-        if not self.particles.resamples:
-            return z, v
-        chosen = self.particles.select(self.offset + self.step[0], potential.unflatten(0, (-1, self.count)))
-        places = torch.arange(0, len(z), self.count, device=z.device)[:, None] + chosen
-        return z[places.flatten()], v[places.flatten()]
+        return z, v

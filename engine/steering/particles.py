@@ -22,12 +22,15 @@ class Particles:
     that steps that are judged by value can be captured in a CUDA graph.
     """
 
-    resamples = False
+    resamples = False  # whether `select` is asked
 
     def __init__(self, count: int, by: By = "value"):
         if count < 1:
             raise UserError(f"particles: {count} of a prompt; give 1 or more")
         self.count, self.by = count, by
+
+    def check(self, steps: int) -> None:
+        """Raises UserError unless the method fits so many steps."""
 
     def begin(self, prompts: int, steps: int, device: torch.device) -> None:
         """Before the first rollout of so many prompts at a time."""
@@ -40,12 +43,12 @@ class Particles:
         return False
 
     def select(self, step: Tensor, potential: Tensor) -> Tensor:
-        """Who takes the places of a prompt's particles before they take a step: int64 [P, N] in 0..N-1. Called where
-        `resamples`.
+        """Who takes the places of a prompt's particles before they take a step: int64 [P, N] in 0..N-1; here everyone
+        their own.
 
         step: 0-d int64; potential: [P, N], of the latents that the step starts from.
         """
-        raise NotImplementedError
+        return torch.arange(self.count, device=potential.device).expand_as(potential)
 
     def survivors(self, step: int) -> int:
         """Particles of a prompt that go on after a step, those of the highest potential in it."""
@@ -64,6 +67,12 @@ class BestOfN(Particles):
                 raise UserError(f"prune: {kept} particles after step {step}; give 1 to {left}, the number before it")
             left = kept
 
+    def check(self, steps: int) -> None:
+        if self.prune and max(self.prune) >= steps - 1:
+            raise UserError(
+                f"prune: after step {max(self.prune)}; steps are 0 to {steps - 1}, and after the last all end"
+            )
+
     def survivors(self, step: int) -> int:
         return min([self.count, *(kept for after, kept in self.prune.items() if after <= step)])
 
@@ -75,7 +84,7 @@ class SMC(Particles):
     sample size 1 / sum w^2 falls below `threshold` N, or at every `every`-th step whatever it is. Steps must be
     stochastic, or copies of a particle stay alike.
 
-    Buffers: base [P, N], the potentials at the last resampling; ancestors int64 [K, P, N], who took whose place.
+    Buffers: base [P, N], the potentials at the last resampling; uniforms [K, P].
     """
 
     resamples = True
@@ -93,12 +102,10 @@ class SMC(Particles):
     def begin(self, prompts: int, steps: int, device: torch.device) -> None:
         self.base = torch.zeros(prompts, self.count, dtype=torch.float64, device=device)
         self.uniforms = torch.zeros(steps, prompts, dtype=torch.float64, device=device)
-        self.ancestors = torch.zeros(steps, prompts, self.count, dtype=torch.int64, device=device)
 
     def reset(self, uniforms: Tensor) -> None:
         self.base.zero_()
         self.uniforms.copy_(uniforms)
-        self.ancestors.copy_(torch.arange(self.count, device=self.ancestors.device).expand_as(self.ancestors))
 
     def judges(self, step: int) -> bool:
         return self.every is None or (step > 0 and step % self.every == 0)
@@ -112,10 +119,8 @@ class SMC(Particles):
             is_due = effective_sample_size(weights) < self.threshold * self.count
         else:
             is_due = ((step > 0) & (step % self.every == 0)).expand(len(weights))
-        stay = torch.arange(self.count, device=chosen.device).expand_as(chosen)
-        chosen = torch.where(is_due[:, None], chosen, stay)
+        chosen = torch.where(is_due[:, None], chosen, super().select(step, potential))
         self.base.copy_(torch.where(is_due[:, None], potential.gather(1, chosen), self.base))
-        self.ancestors.index_copy_(0, step[None], chosen[None])
         return chosen
 
 

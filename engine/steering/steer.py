@@ -48,7 +48,7 @@ class Steered:
     potentials: Tensor  # float32 [P, N], what the particles were chosen by
     chosen: Tensor  # int64 [P], which
     values: Tensor  # float32 [P, K, M] of the place that ended up chosen, as the steps found it
-    ancestors: Tensor | None = None  # SMC: int64 [K, P, N], whose place each particle's was taken from before a step
+    ancestors: Tensor | None = None  # of resampling: int64 [K, P, N], whose place a particle was in before a step
     cost: Cost = field(default_factory=Cost)
 
 
@@ -93,7 +93,7 @@ class Steerer:
             guidance.check(self.steps)
         if self.particles.resamples and not bool((self.schedule.table[:, 2] > 0).any()):
             raise UserError('resampled particles would stay alike: with SMC use a stochastic transition, not "ode"')
-        self._check_prune()
+        self.particles.check(self.steps)
         self.guidance_scale = trained.guidance_scale if guidance_scale is None else guidance_scale
         self.batch_size = max(batch_size, self.particles.count)
         self.graph = graph if device.type == "cuda" else "off"
@@ -154,6 +154,7 @@ class Steerer:
         samples = samples.to(self.device)
         values = torch.zeros(len(prompts), number, self.steps, len(self.critic.names), device=self.device)
         self.particles.reset(uniforms.to(self.device))
+        ancestors = []
         for first, stop, count in self._segments():
             loop = self._loop(first, stop, count, conditioning)
             drawn = [keyed_noise(seed, samples.flatten().cpu(), k + 1, shape) for k in range(first, stop)]
@@ -162,6 +163,7 @@ class Steerer:
             self._cost += Cost(forwards=noises.shape[1] * (stop - first), backwards=loop.backwards)
             values[:, :, first:stop] = found.unflatten(0, (-1, count))
             z, potentials = latents[:, -1], loop.potentials[-1, : len(z)].unflatten(0, (-1, count)).clone()
+            ancestors.append(loop.ancestors[:, : len(prompts)].cpu())
             left = self.particles.survivors(stop - 1)
             if left < count and stop < self.steps:
                 best = potentials.topk(left, dim=1).indices.sort(1).values  # of equals the earlier
@@ -177,12 +179,9 @@ class Steerer:
         rows = torch.arange(len(prompts), device=self.device)
         latents = z[rows, chosen]
         images = self._decode(latents) if pictures is None else pictures[rows.cpu(), chosen.cpu()]
-        ancestors = None
-        if self.particles.resamples:
-            ancestors = self.particles.ancestors[:, : len(prompts)].cpu().clone()
         self._cost.seconds = time.perf_counter() - began
         found = [images.cpu(), latents.cpu(), potentials.float().cpu(), chosen.cpu(), values[rows, chosen].cpu()]
-        return Steered(*found, ancestors, self._cost)
+        return Steered(*found, torch.cat(ancestors) if self.particles.resamples else None, self._cost)
 
     def _segments(self) -> list[tuple[int, int, int]]:
         """(first step, stop, particles of a prompt): all steps, cut where particles are left behind."""
@@ -229,13 +228,6 @@ class Steerer:
         prompts = [prompt for prompt in prompts for _ in range(len(images) // len(prompts))]
         raw = score_all(self.rewards, images, [p.text for p in prompts], [p.metadata for p in prompts])
         return self.critic.standardize(raw) @ self.weights.cpu()
-
-    def _check_prune(self) -> None:
-        prune = getattr(self.particles, "prune", {})
-        if prune and max(prune) >= self.steps - 1:
-            raise UserError(
-                f"prune: after step {max(prune)}; steps are 0 to {self.steps - 1}, and after the last all end"
-            )
 
 
 _ROWS = ("images", "latents", "potentials", "chosen", "values")

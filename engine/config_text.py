@@ -18,13 +18,17 @@ _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 def explain(error: ValidationError, schema: type[BaseModel], data: dict[str, Any], overridden: list[str]) -> list[str]:
     """One line for each mistake that pydantic found in `data`; `overridden` are the dotted keys of overrides."""
+    details = error.errors(include_url=False)
+    paths = [_locate(schema, detail["loc"])[0] for detail in details]
     lines: dict[str, None] = {}  # ordered and unique: a union reports each of its arms
-    for detail in error.errors(include_url=False):
+    for detail in details:
         if detail["type"] == "value_error":  # the schema's own checks already name their keys
             lines.update(dict.fromkeys(str(detail["ctx"]["error"]).splitlines()))
             continue
         path, annotation, info = _locate(schema, detail["loc"])
-        if detail["type"] == "missing" and path == detail["loc"]:
+        if any(len(other) > len(path) and other[: len(path)] == path for other in paths):
+            continue  # another arm of the union got further: the mistake is there
+        if detail["type"] == "missing" and path[-1] == detail["loc"][-1]:
             line = f"{_dotted(path)}: missing; expected {_allowed(annotation, info)}"
         else:
             origin = " (given as an override)" if ".".join(map(str, path)) in overridden else ""
@@ -68,17 +72,26 @@ def _locate(schema: type[BaseModel], loc: KeyPath) -> tuple[KeyPath, Any, FieldI
     """
     annotation: Any = schema
     info = None
+    path: KeyPath = ()
     for depth, part in enumerate(loc):
         if section := _section(annotation):
             if part not in section.model_fields:
-                return loc[: depth + 1], section, None
+                return (*path, part), section, None
             info = section.model_fields[part]
             annotation = info.annotation
         elif _is_section_list(annotation):
             annotation, info = get_args(annotation)[0], None
+        elif (
+            isinstance(part, str)
+            and depth + 1 < len(loc)
+            and (arm := next(filter(_is_section_list, get_args(annotation)), None))
+        ):
+            annotation = arm  # an item of a list that is one arm of a union: `part` is the arm's name
+            continue
         else:
-            return loc[:depth], annotation, info
-    return loc, annotation, info
+            break
+        path = (*path, part)
+    return path, annotation, info
 
 
 def _is_section(annotation: Any) -> bool:
@@ -136,7 +149,7 @@ def _allowed(annotation: Any, info: FieldInfo | None = None) -> str:
         return _allowed(args[0], args[1])
     if origin is Literal:
         return "one of " * (len(args) > 1) + ", ".join(f'"{choice}"' for choice in args)
-    if origin in (UnionType, Union):  # bounds given beside a union hold for its one arm that is not null
+    if origin in (UnionType, Union):  # bounds given beside a union hold for each arm but null
         return " or ".join("null" if arm is type(None) else _allowed(arm, info) for arm in args)
     if _is_section_list(annotation):
         return (

@@ -122,18 +122,27 @@ class ModelConfig(_Section):
     )
 
 
+class PromptSourceConfig(_Section):
+    """One of several sources of training prompts."""
+
+    source: str = Field(min_length=1, description="Prompts, written as `prompts.train` for one source")
+    weight: float = Field(1.0, gt=0, description="The source's share of the samples is weight / sum of weights")
+
+
 class PromptsConfig(_Section):
     """Where the prompts come from."""
 
-    train: str = Field(
+    train: str | list[PromptSourceConfig] = Field(
         "scenes:train",
         min_length=1,
-        description="Training prompts: `scenes:train`, `scenes:train:counting+position`, or a .txt / .jsonl file",
+        description="Training prompts: `scenes:train`, `scenes:train:counting+position`, a .txt, .jsonl, .csv or .tsv "
+        "file, or `hf:NAME` (Hugging Face hub, or a folder); or a list of such sources, sampled in proportion to their "
+        "weights (1 each, if not given)",
     )
     eval: str = Field(
         "scenes:held-out",
         min_length=1,
-        description="Evaluation prompts, written like `prompts.train`, and never trained on",
+        description="Evaluation prompts, written like `prompts.train` for one source, and never trained on",
     )
 
 
@@ -286,9 +295,42 @@ class AlgorithmConfig(_Section):
 class RewardConfig(_Section):
     """One reward."""
 
-    name: str = Field(min_length=1, description="A built-in reward, or `module:function` for one of your own")
+    name: str = Field(
+        min_length=1, description="A built-in reward, or `module:function` or `module:Class` for one of your own"
+    )
     weight: float = Field(1.0, description="Weight of this reward's normalised advantage")
     params: dict[str, Any] = Field({}, description="Keyword arguments of the reward")
+    batch_size: int | None = Field(
+        None, ge=1, description="Pictures of one call, at most; null is what the engine hands over, up to 16"
+    )
+    device: str = Field(
+        "cpu",
+        min_length=1,
+        description="Where the reward's model computes: `cpu`, `cuda` (the process's own GPU) or `cuda:1`",
+    )
+    workers: int = Field(0, ge=0, description="Processes of a rank that score; 0 is the training process itself")
+    url: str | None = Field(
+        None, min_length=1, description="Reward server that scores instead: `http://host:port` of `rewards.serve`"
+    )
+    timeout_s: float = Field(
+        600, gt=0, description="Seconds that a reward server may be away before the run ends, with a checkpoint"
+    )
+    stop_if_constant: int | None = Field(
+        3,
+        ge=2,
+        description="Trained rewards: iterations in a row with one score for all pictures that end the run; null never "
+        "does, as for a strict reward that is rarely met",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "RewardConfig":
+        if self.url and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f'reward "{self.name}": url = {show(self.url)}: expected http://host:port')
+        served = {"params": "--params", "device": "--device", "workers": "one server for each url"}
+        for key, instead in served.items():
+            if self.url and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'reward "{self.name}": {key} is the server\'s own, since there is a url: {instead}')
+        return self
 
 
 class OptimizerConfig(_Section):
@@ -353,6 +395,23 @@ class TrainingConfig(_Section):
     checkpoint_every: int = Field(10, ge=1, description="Iterations between checkpoints")
 
 
+class EarlyStopConfig(_Section):
+    """Ends a run whose held-out reward has turned down, and keeps its best model."""
+
+    reward: str = Field(
+        min_length=1,
+        description="The reward that decides, one of `rewards` or `evaluation.rewards`, on the held-out prompts. The "
+        "model of its best evaluation is exported to `best/`",
+    )
+    patience: int = Field(2, ge=1, description="Evaluations in a row that must be below the best one")
+    min_fall: float = Field(
+        2.5,
+        ge=0,
+        description="How far below the best an evaluation must be to count, in standard errors of the paired "
+        "difference (the prompts and their noise are the same)",
+    )
+
+
 class EvaluationConfig(_Section):
     """Held-out evaluation: the same prompts and seeds each time, deterministic (ODE) sampling."""
 
@@ -364,6 +423,18 @@ class EvaluationConfig(_Section):
     )
     seed: int = Field(1000, ge=0, lt=2**32, description="Seed of the evaluation's noise, apart from the run's seed")
     rewards: list[RewardConfig] = Field([], description="Rewards that are only watched, never trained on")
+    early_stop: EarlyStopConfig | None = Field(
+        None,
+        description="End the run where a held-out reward has turned down, and keep the best model; null never does",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluationConfig":
+        if self.early_stop and not self.every:
+            raise ValueError(
+                "evaluation.every = 0: evaluation.early_stop needs evaluations during the run; give it 1 or more"
+            )
+        return self
 
 
 class LoggingConfig(_Section):

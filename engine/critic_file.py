@@ -16,6 +16,8 @@ from .config import Config, CriticConfig, RewardConfig, RolloutConfig
 from .errors import UserError
 from .reward_stats import sum_of_rewards
 
+KEPT = {"name", "weight", "params"}  # of a reward: not where it was scored, for a stranger's file names no server
+
 
 def describe_critic(config: Config, taps: list[int], names: list[str], units: dict[str, Tensor]) -> dict[str, str]:
     """What stands beside the weights. units: the critic's of each reward, {"mean", "std"} [M]."""
@@ -23,7 +25,7 @@ def describe_critic(config: Config, taps: list[int], names: list[str], units: di
         "taps": json.dumps(taps),
         "values": json.dumps(names),
         "critic": config.critic.model_dump_json(),
-        "rewards": json.dumps([reward.model_dump(mode="json") for reward in config.rewards]),
+        "rewards": json.dumps([reward.model_dump(mode="json", include=KEPT) for reward in config.rewards]),
         "rollout": config.rollout.model_dump_json(),
         "units": json.dumps({name: numbers.tolist() for name, numbers in units.items()}),
         "model": config.model.pretrained,
@@ -97,7 +99,10 @@ def load_critic(path: Path, backbone: Backbone) -> TrainedCritic:
     return TrainedCritic(
         model,
         names,
-        [RewardConfig.model_validate(reward) for reward in json.loads(about["rewards"])],
+        [
+            RewardConfig.model_validate({key: value for key, value in reward.items() if key in KEPT})
+            for reward in json.loads(about["rewards"])
+        ],
         rollout,
         *(torch.tensor(units[name], dtype=torch.float64) for name in ("mean", "std")),
         is_sum=config.heads == "sum",

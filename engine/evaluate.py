@@ -1,7 +1,7 @@
 """Held-out evaluation: the same prompts, seeds and sampler each time."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import monitors, reports
 from .algorithms import Algorithm
 from .backbones.base import Backbone
 from .config import Config
@@ -17,9 +18,12 @@ from .errors import UserError
 from .prompts import Prompt
 from .rewards import Reward
 from .rollout import Rollout
+from .saved_evaluations import strictly_right
 from .scoring import Scoring
 from .transitions import Schedule
 from .world import World
+
+THUMBNAIL = 192  # pixels, at most, of a picture in an evaluation's sheet and in the run's report
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Evaluation:
     images: Tensor  # uint8 [S, H, W, 3]: the first S samples, for the grids
     values: Tensor | None = None  # [P, K, M] along stochastic rollouts on the same prompts
     returns: Tensor | None = None  # [P, K, M], what those rollouts earned, standardised
+    monitors: dict[str, float] = field(default_factory=dict)  # of all P samples, by name
 
     @property
     def explained_variance(self) -> Tensor:
@@ -42,7 +47,8 @@ class Evaluation:
         return torch.where(variance > 0, 1.0 - left / torch.where(variance > 0, variance, 1.0), 0.0)
 
     def row(self) -> dict:
-        """Flat metrics: mean and standard error of each reward, the first one's mean by task, explained variance."""
+        """Flat metrics: mean and standard error of each reward, the first one's mean by task, the monitors, explained
+        variance."""
         count, row = len(self.prompts), {}
         for column, name in enumerate(self.names):
             scores = self.scores[:, column].double()
@@ -52,22 +58,36 @@ class Evaluation:
         strict = self.names.index("composition_strict") if "composition_strict" in self.names else 0
         for task in sorted(set(filter(None, tasks))):
             row[f"eval/task/{task}"] = self.scores[[t == task for t in tasks], strict].mean().item()
+        row |= {f"eval/monitor/{name}": value for name, value in self.monitors.items()}
         if self.values is not None:
             per_step = self.explained_variance.mean(1)
             row["eval/explained_variance"] = per_step.mean().item()
             row["eval/explained_variance_per_step"] = per_step.tolist()
         return row
 
+    def of(self, reward: str) -> Tensor:
+        """Its scores, [P]."""
+        return self.scores[:, self.names.index(reward)]
+
     def save(self, path: Path, settings: dict) -> None:
-        """`path`.json: every prompt's scores and the settings that repeat them; `path`.npz: pictures, critic."""
-        scores = {name: self.scores[:, column].tolist() for column, name in enumerate(self.names)}
-        content = {"settings": settings, "prompts": [prompt.text for prompt in self.prompts], "scores": scores}
+        """`path`.json: every prompt's scores, and the settings that repeat them; `path`.npz: the first pictures, large
+        ones as thumbnails too, and what the critic foresaw; `path`.png: these pictures as a sheet.
+
+        The JSON comes last and whole, so that where it is, everything is.
+        """
+        scores = {name: self.of(name).tolist() for name in self.names}
+        texts, shown = [prompt.text for prompt in self.prompts], len(self.images)
         path.parent.mkdir(exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(content) + "\n")
-        critic = {}
+        small, arrays = monitors.shrink(self.images, THUMBNAIL), {"images": self.images}
+        if small is not self.images:
+            arrays["thumbnails"] = small
         if self.values is not None:
-            critic = {"values": self.values.mean(2), "rewards": self.returns[:, -1].mean(1)}
-        np.savez(path, images=self.images, **critic)
+            arrays |= {"values": self.values.mean(2), "rewards": self.returns[:, -1].mean(1)}
+        np.savez(path, **arrays)
+        reports.save_grid(small, texts[:shown], path.with_suffix(".png"), marks=strictly_right(scores, shown))
+        partial = path.with_suffix(".json.partial")
+        partial.write_text(json.dumps({"settings": settings, "prompts": texts, "scores": scores}) + "\n")
+        partial.replace(path.with_suffix(".json"))
 
 
 class Evaluator:
@@ -99,17 +119,24 @@ class Evaluator:
     def __call__(self, rollout: Rollout) -> Evaluation:
         options, count = self.config.evaluation, self.config.evaluation.num_prompts
         images, scores, _ = self._sample(rollout, self.ode, options.guidance_scale, self.rewards)
-        names = [reward.name for reward in self.rewards]
-        found = Evaluation(self.prompts, names, scores[:count], images[:count])
+        images, scores, measured = self._gather(images[: self.GRID], scores, monitors.measure(images))
+        found = Evaluation(
+            self.prompts,
+            [reward.name for reward in self.rewards],
+            scores[:count],
+            images[: min(self.GRID, count)],
+            monitors=monitors.monitor(measured[:count]),
+        )
         if self.config.has_critic:
             guidance = self.config.rollout.guidance_scale
             _, raw, values = self._sample(rollout, self.schedule, guidance, self.trained)
-            found.values = values[:count]
-            found.returns = self.algorithm.earned(raw[:count])[:, None].expand_as(found.values)
+            raw, found.values = (x[:count] for x in self._gather(raw, values))
+            found.returns = self.algorithm.earned(raw)[:, None].expand_as(found.values)
         return found
 
     def _sample(self, rollout: Rollout, schedule: Schedule, guidance: float, rewards: list[Reward]):
-        """Images (first GRID), scores and values of all prompts, in their order, on every rank."""
+        """Images, scores and values of this rank's prompts, on the CPU. Ranks have consecutive parts of all prompts;
+        the last ones are filled up with prompts from the start."""
         world = self.world
         padded = -(-len(self.prompts) // world.size)  # every rank takes as many, since ZeRO-3 gathers together
         indices = torch.arange(world.rank * padded, (world.rank + 1) * padded)
@@ -123,11 +150,13 @@ class Evaluator:
             guidance_scale=guidance,
             finished=scoring.submit,
         )
-        images, scores = scoring.result()
-        gathered: list = [None] * world.size
-        dist.all_gather_object(gathered, (images[: self.GRID], scores, trajectory.values.cpu()))
-        images, scores, values = (torch.cat(parts) for parts in zip(*gathered, strict=True))
-        return images[: self.GRID], scores, values
+        return *scoring.result(), trajectory.values.cpu()
+
+    def _gather(self, *mine: Tensor) -> list[Tensor]:
+        """Every rank's, one after the other, on every rank."""
+        gathered: list = [None] * self.world.size
+        dist.all_gather_object(gathered, mine)
+        return [torch.cat(parts) for parts in zip(*gathered, strict=True)]
 
 
 def _task(prompt: Prompt) -> str | None:

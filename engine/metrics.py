@@ -178,7 +178,7 @@ def describe(row: dict[str, Any]) -> str:
     rewards = [
         f"{key.removeprefix('reward/')} {value:.4g}"
         for key, value in row.items()
-        if key.startswith("reward/") and not key.endswith("_std") and value is not None
+        if key.startswith("reward/") and key.count("/") == 1 and not key.endswith("_std") and value is not None
     ]
     words = ["reward " + " ".join(rewards)] if rewards else []
     for key, label, form in (

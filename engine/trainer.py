@@ -27,8 +27,8 @@ from .outcome import Outcome
 from .passes import EnginePasses, Passes, SideBySidePasses
 from .plan import describe_plan, measure
 from .prompt_cache import PromptCache
-from .prompts import PromptSampler, load_prompts
-from .rewards import build_rewards, check_prompts
+from .prompts import PromptSampler, load_prompts, load_sources
+from .rewards import ConstantGuard, RewardError, build_rewards, check_prompts
 from .rollout import Rollout
 from .scoring import Scoring
 from .sde_window import build_schedules, place
@@ -52,10 +52,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.rewards = build_rewards(config.rewards)
         watched = build_rewards(config.evaluation.rewards)
-        prompts, held_out = load_prompts(config.prompts.train), load_prompts(config.prompts.eval)
-        check_prompts(self.rewards, (p.text for p in prompts))
-        check_prompts([*self.rewards, *watched], (p.text for p in held_out))
-        self.sampler = PromptSampler(prompts, config.seed)
+        self.sampler = PromptSampler(load_sources(config.prompts.train), config.seed)
+        held_out = load_prompts(config.prompts.eval)
+        check_prompts(self.rewards, self.sampler.prompts)
+        check_prompts([*self.rewards, *watched], held_out)
+        self.guard = ConstantGuard(self.rewards)
 
         options, dtype = config.model, resolve_dtype(config.model.dtype, world.device)
         self.backbone = backbone or load_backbone(
@@ -106,7 +107,7 @@ class Trainer:
         pretraining = iteration < config.training.value_pretraining_iterations
         self.clock.read()
 
-        scoring = Scoring(self.backbone, self.rewards)
+        scoring = Scoring(self.backbone, self.rewards, self.guard)
         trajectory = self.sample(iteration, scoring)
         sampled = time.perf_counter()
         outcome = Outcome(trajectory, scoring, self.algorithm)
@@ -128,6 +129,7 @@ class Trainer:
         for m, reward in enumerate(self.rewards):
             row[f"reward/{reward.name}"] = mean[m].item()
             row[f"reward/{reward.name}_std"] = variance[m].sqrt().item()
+        row |= {f"reward/{name}": mean for name, mean in scoring.extras.items()}
         if config.has_critic:
             explained = outcome.explained_variance
             row["explained_variance"] = explained.mean().item()
@@ -196,20 +198,33 @@ class Trainer:
             if main:
                 log.log(0, first.row())
             self._save(0)
+        elif self._is_evaluated(start) and not self._evaluation_path(start).with_suffix(".json").exists():
+            late = self.evaluate(start).row()  # a reward failed in it, and the run ended
+            if main:
+                row = read_metrics(self.run_dir)[-1]
+                log.truncate(start - 1)
+                log.log(start, row | late)
         self.encode.prepare([prompt.text for prompt in self.sampler.prompts])
         for iteration in range(start or 0, total):
-            row = self.iterate(iteration)
-            done = iteration + 1
-            last = done == total
-            if last or (self.config.evaluation.every and done % self.config.evaluation.every == 0):
-                row |= self.evaluate(done).row()
+            done, row = iteration, None
+            try:
+                row = self.iterate(iteration)
+                done += 1
+                if self._is_evaluated(done):
+                    row |= self.evaluate(done).row()
+            except RewardError:  # on every rank; rewards come before the update, so nothing is half done
+                if main and row is not None:
+                    log.log(done, row)
+                if done != self.store.latest():
+                    self._save(done)
+                raise
             if main:
                 log.log(done, row)
                 progress.update(row)
                 if row["phase"] != PRETRAINING:
                     first = (row["first_ratio"], row["first_ratio_deviation"], row["first_clipfrac"])
                     progress.explain_first_update(*first)
-            if last or done % training.checkpoint_every == 0:
+            if done == total or done % training.checkpoint_every == 0:
                 self._save(done)
         self.rollout.close()
         with self._averaged():
@@ -235,8 +250,17 @@ class Trainer:
             result = self.evaluator(self.rollout)
         if self.world.is_main:
             settings = {**self.config.evaluation.model_dump(mode="json"), "prompts": self.config.prompts.eval}
-            result.save(self.run_dir / "evaluations" / f"iteration-{iteration:06d}", settings)
+            result.save(self._evaluation_path(iteration), settings)
         return result
+
+    def _is_evaluated(self, done: int) -> bool:
+        """After the last iteration, and every so many."""
+        training, every = self.config.training, self.config.evaluation.every
+        total = training.value_pretraining_iterations + training.iterations
+        return done == total or bool(every and done % every == 0)
+
+    def _evaluation_path(self, iteration: int) -> Path:
+        return self.run_dir / "evaluations" / f"iteration-{iteration:06d}"
 
     def _averaged(self) -> AbstractContextManager:
         """The policy's weights are their running average within it, if the run keeps one."""

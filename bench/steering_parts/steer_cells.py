@@ -14,7 +14,7 @@ from tqdm import tqdm
 from latent_critic.engine.backbones.onednn import use_onednn
 from latent_critic.engine.config import RewardConfig
 from latent_critic.engine.critic_file import load_critic
-from latent_critic.engine.prompts import Prompt, load_prompts
+from latent_critic.engine.prompts import Prompt, load_prompts, load_sources
 from latent_critic.engine.rewards import build_rewards, score_all
 from latent_critic.engine.saved_run import SavedRun
 from latent_critic.engine.steering import SMC, BestOfN, Guidance, Particles, Steered, Steerer
@@ -67,7 +67,7 @@ class Bench:
 
     def choose(self) -> dict[str, Any]:
         """Scales of the highest trained reward on training prompts, which held-out ones share nothing with."""
-        prompts = load_prompts(self.run_config.prompts.train)
+        prompts = [prompt for source in load_sources(self.run_config.prompts.train) for prompt in source.prompts]
         prompts = [prompts[i * len(prompts) // CHOOSING] for i in range(CHOOSING)]
 
         def reward(way: Way) -> float:

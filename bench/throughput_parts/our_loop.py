@@ -40,7 +40,9 @@ def build_config(work: Work, prompts: Path) -> Config:
         "training": {"iterations": 10**6, "updates_per_iteration": UPDATES, "value_pretraining_iterations": 0},
     }
     sections = {name: {**recipe.get(name, {}), **changes} for name, changes in sizes.items()}
-    return Config.model_validate_json(json.dumps({**recipe, **sections, "rewards": [{"name": work.reward}]}))
+    return Config.model_validate_json(
+        json.dumps({**recipe, **sections, "rewards": [{"name": work.reward, "stop_if_constant": None}]})
+    )
 
 
 class OurLoop:

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from latent_critic.engine.config import DERIVED_DEEPSPEED_KEYS, Config, RewardConfig, load_config, save_config
+from latent_critic.engine.config import (
+    DERIVED_DEEPSPEED_KEYS,
+    Config,
+    PromptSourceConfig,
+    RewardConfig,
+    load_config,
+    save_config,
+)
 from latent_critic.engine.config_text import key_table, write_key_table
 from latent_critic.engine.errors import UserError
 
@@ -66,8 +73,25 @@ def test_one_config_does_not_share_mutable_defaults_with_another(write):
     assert load_config(path).deepspeed == {"zero_optimization": {"stage": 3}}
 
 
+def test_prompts_come_from_one_source_or_from_several_with_weights(write):
+    sources = [{"source": "a.txt"}, {"source": "b.csv", "weight": 2}]
+    config = load_config(write({"prompts": {"train": sources}}), ["prompts.train.0.weight=0.5"])
+    assert config.prompts.train == [
+        PromptSourceConfig(source="a.txt", weight=0.5),
+        PromptSourceConfig(source="b.csv", weight=2.0),
+    ]
+
+
 def test_save_writes_every_key_and_reads_back_equal(write, tmp_path):
-    config = load_config(write({"critic": {"taps": [1]}, "rewards": [{"name": "m:f", "params": {"a": [1, None]}}]}))
+    config = load_config(
+        write(
+            {
+                "critic": {"taps": [1]},
+                "prompts": {"train": [{"source": "a.txt"}]},
+                "rewards": [{"name": "m:f", "params": {"a": [1, None]}}],
+            }
+        )
+    )
     saved = tmp_path / "resolved.json"
     save_config(config, saved)
     assert load_config(saved) == config
@@ -171,8 +195,39 @@ ROLLOUT_KEYS = (
         pytest.param(
             {"rewards": [{"name": "a"}, {"name": "b", "wieght": 2}]},
             "rewards[1].wieght = 2: unknown key; did you mean rewards[1].weight? "
-            "Keys allowed here: name, weight, params",
+            "Keys allowed here: name, weight, params, batch_size, device, workers, url, timeout_s, stop_if_constant",
             id="key in a list item",
+        ),
+        pytest.param(
+            {"prompts": {"train": 3}},
+            "prompts.train = 3: expected a string that is not empty or a list of one or more objects with the keys "
+            "source, weight",
+            id="neither a source nor sources",
+        ),
+        pytest.param(
+            {"prompts": {"train": []}},
+            "prompts.train = []: expected a string that is not empty or a list of one or more objects with the keys "
+            "source, weight",
+            id="no source",
+        ),
+        pytest.param(
+            {"prompts": {"train": ["a.txt"]}}, 'prompts.train[0] = "a.txt": expected an object {...}', id="bare source"
+        ),
+        pytest.param(
+            {"prompts": {"train": [{"source": "a.txt"}, {"weight": 2}]}},
+            "prompts.train[1].source: missing; expected a string that is not empty",
+            id="source missing",
+        ),
+        pytest.param(
+            {"prompts": {"train": [{"source": "a.txt", "wieght": 2}]}},
+            "prompts.train[0].wieght = 2: unknown key; did you mean prompts.train[0].weight? "
+            "Keys allowed here: source, weight",
+            id="misspelt key of a source",
+        ),
+        pytest.param(
+            {"prompts": {"train": [{"source": "a.txt", "weight": 0}]}},
+            "prompts.train[0].weight = 0: expected a number > 0",
+            id="source of no weight",
         ),
         pytest.param({"seed": "0"}, 'seed = "0": expected an integer >= 0 and < 4294967296', id="string for integer"),
         pytest.param({"seed": -1}, "seed = -1: expected an integer >= 0 and < 4294967296", id="out of range"),
@@ -284,7 +339,8 @@ ROLLOUT_KEYS = (
         ),
         pytest.param(
             {"rewards": []},
-            "rewards = []: expected a list of one or more objects with the keys name, weight, params",
+            "rewards = []: expected a list of one or more objects with the keys name, weight, params, batch_size, "
+            "device, workers, url, timeout_s, stop_if_constant",
             id="no reward",
         ),
         pytest.param({"rewards": ["ocr"]}, 'rewards[0] = "ocr": expected an object {...}', id="reward by name"),
@@ -334,7 +390,8 @@ def test_a_mistake_names_the_key_what_was_given_and_what_is_allowed(write, conte
 
 def test_rewards_are_required(write):
     assert message(write("{}")) == (
-        "rewards: missing; expected a list of one or more objects with the keys name, weight, params"
+        "rewards: missing; expected a list of one or more objects with the keys name, weight, params, batch_size, "
+        "device, workers, url, timeout_s, stop_if_constant"
     )
 
 

@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from latent_critic.engine import evaluate
+from latent_critic.engine import evaluate, monitors
 from latent_critic.engine.advantages import explained_variance
 from latent_critic.engine.algorithms import build_algorithm
 from latent_critic.engine.evaluate import Evaluation, Evaluator
@@ -15,6 +16,7 @@ from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import Prompt
 from latent_critic.engine.rewards import ANY_VALUE, Reward
 from latent_critic.engine.rollout import Rollout
+from latent_critic.engine.saved_evaluations import read_evaluations
 from latent_critic.engine.world import World
 
 PROMPTS = [Prompt("a red circle"), Prompt("two blue squares"), Prompt("a dog", {"tag": "animals", "shift": 0.25})]
@@ -35,8 +37,14 @@ RED, BLUE = (Reward(f.__name__, 1.0, ANY_VALUE, f, lambda prompt: None) for f in
 
 
 @pytest.fixture
-def gather_alone(monkeypatch):
-    """all_gather_object of a world of one, without processes."""
+def without_processes(monkeypatch):
+    """Other tests may have left this process in a world of one, in which rewards would ask their peers how it went."""
+    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: False)
+
+
+@pytest.fixture
+def gather_alone(monkeypatch, without_processes):
+    """all_gather_object of a world of one."""
     monkeypatch.setattr(evaluate.dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
 
 
@@ -75,7 +83,8 @@ def example():
     scores = torch.tensor([[0.2, 1.0], [0.4, 0.0], [0.9, 1.0], [0.5, 1.0]])
     values = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 3.0], [0.0, 3.0]])[:, :, None]
     returns = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None].expand(4, 2, 1)
-    return Evaluation(prompts, ["composition", "composition_strict"], scores, torch.zeros(4, 2, 2, 3), values, returns)
+    names, images = ["composition", "composition_strict"], torch.zeros(4, 2, 2, 3, dtype=torch.uint8)
+    return Evaluation(prompts, names, scores, images, values, returns, {"diversity": 0.25})
 
 
 def test_row_by_hand():
@@ -92,6 +101,7 @@ def test_row_by_hand():
         "eval/task/colors",
         "eval/task/counting",
         "eval/task/animals",
+        "eval/monitor/diversity",
         "eval/explained_variance",
         "eval/explained_variance_per_step",
     }
@@ -103,6 +113,7 @@ def test_row_by_hand():
         "eval/task/colors": 0.5,
         "eval/task/counting": 1.0,
         "eval/task/animals": 1.0,
+        "eval/monitor/diversity": 0.25,
         "eval/explained_variance": 0.4,
     }
     for name, value in expected.items():
@@ -151,6 +162,40 @@ def test_saved_files_hold_every_prompt(tmp_path):
     stored = np.load(tmp_path / "evaluations/iteration-000003.npz")
     assert np.array_equal(stored["images"], found.images)
     assert stored["values"].tolist() == [[0, 1], [0, 1], [0, 3], [0, 3]] and stored["rewards"].tolist() == [1, 2, 3, 4]
+    assert sorted(path.suffix for path in (tmp_path / "evaluations").iterdir()) == [".json", ".npz", ".png"]
+
+
+def test_the_sheet_has_a_green_border_where_all_is_right_and_small_pictures(tmp_path):
+    """Scores are 1 0 1 1. Pictures of 512 pixels are shown at 192, each with 8 of border and 10 to the next."""
+    found = example()
+    found.images = torch.full((4, 512, 512, 3), 90, dtype=torch.uint8)
+    found.save(tmp_path / "evaluations" / "iteration-000003", {})
+    with Image.open(tmp_path / "evaluations/iteration-000003.png") as picture:
+        sheet = np.asarray(picture.convert("RGB"))
+    assert sheet.shape[1] == 4 * (192 + 8 + 10) + 10
+    borders = [tuple(sheet[11, 12 + 210 * i]) for i in range(4)]
+    assert borders == [(26, 152, 80), (215, 48, 39), (26, 152, 80), (26, 152, 80)]
+    assert tuple(sheet[20, 20]) == (90, 90, 90)
+    (evaluation,) = read_evaluations(tmp_path)
+    assert evaluation.thumbnails.shape == (4, 192, 192, 3) and (evaluation.thumbnails == 90).all()
+    assert evaluation.arrays["images"].shape == (4, 512, 512, 3) and evaluation.marks(3) == [True, False, True]
+
+
+def test_a_file_of_scores_means_that_all_of_it_is_there(tmp_path, monkeypatch):
+    """Killed while pictures are written, or scores: no JSON that a resumed run would take for an evaluation."""
+    folder = tmp_path / "evaluations"
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for where, name in ((evaluate.np, "savez"), (evaluate.reports, "save_grid"), (evaluate.Path, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                example().save(folder / "iteration-000003", {})
+        assert not list(folder.glob("iteration-*.json"))
+    example().save(folder / "iteration-000003", {})
+    assert [path.name for path in folder.glob("*.json*")] == ["iteration-000003.json"]
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluating
@@ -177,6 +222,9 @@ def test_evaluation_of_a_model(make, gather_alone):
     row = found.row()
     assert row["eval/red"] == pytest.approx(found.scores[:, 0].double().mean().item())
     assert {key for key in row if "task" in key} == {"eval/task/colors", "eval/task/counting", "eval/task/animals"}
+
+    expected = monitors.monitor(monitors.measure(found.images))
+    assert found.monitors == expected and row["eval/monitor/diversity"] == expected["diversity"] > 1
 
     again = evaluator(rollout)
     for name in ("scores", "images", "values", "returns"):
@@ -211,7 +259,7 @@ def test_before_the_first_update_returns_are_raw(make, gather_alone):
     assert torch.equal(raw.values, scaled.values)
 
 
-def test_ranks_together_find_what_one_finds(make, monkeypatch):
+def test_ranks_together_find_what_one_finds(make, monkeypatch, without_processes):
     """Seven prompts on three ranks: the last rank is filled up with two more, which count for nothing."""
 
     def evaluate_on(size):
@@ -232,7 +280,7 @@ def test_ranks_together_find_what_one_finds(make, monkeypatch):
 
     one, _ = evaluate_on(1)
     three, heard = evaluate_on(3)
-    assert [len(scores) for _, scores, _ in heard[0]] == [3, 3, 3]
+    assert [len(scores) for _, scores, _ in heard[0]] == [3, 3, 3]  # pictures, scores, monitors
     assert three.prompts == one.prompts and three.scores.shape == one.scores.shape == (7, 2)
     assert three.values.shape == one.values.shape and three.returns.shape == one.returns.shape
     # Micro-batches are cut elsewhere: latents differ by 1e-4 at most, so a byte in a hundred may round the other way,
@@ -241,6 +289,7 @@ def test_ranks_together_find_what_one_finds(make, monkeypatch):
     torch.testing.assert_close(three.returns, one.returns, rtol=0, atol=10 / 25_500)
     torch.testing.assert_close(three.values, one.values, rtol=0, atol=2e-4)
     assert three.images.shape == one.images.shape
+    assert three.monitors == pytest.approx(one.monitors, rel=0.01)
     assert (three.images.int() - one.images.int()).abs().max() <= 1
 
 

@@ -13,13 +13,27 @@ from PIL import Image
 from scipy import ndimage
 
 from latent_critic.engine import rewards
+from latent_critic.engine.config import RewardConfig
 from latent_critic.engine.embedded import scenes
 from latent_critic.engine.errors import UserError
-from latent_critic.engine.rewards import BUILT_IN, build_rewards, check_prompts, ocr, score_all
+from latent_critic.engine.rewards import (
+    ANY_VALUE,
+    BUILT_IN,
+    Reward,
+    RewardError,
+    build_rewards,
+    check_prompts,
+    judge,
+    local,
+    ocr,
+    score_all,
+)
+
+SCENES = ("composition", "composition_strict", "background", "ocr", "jpeg_compressibility", "jpeg_incompressibility")
 
 
-def config(name, weight=1.0, **params):
-    return SimpleNamespace(name=name, weight=weight, params=params)
+def config(name, weight=1.0, device="cpu", batch_size=None, **params):
+    return RewardConfig(name=name, weight=weight, params=params, device=device, batch_size=batch_size)
 
 
 def draw(captions, seed):
@@ -182,7 +196,7 @@ def test_similarity(read, target, expected):
 
 def test_ranges_hold(world, numbers, reader):
     images, prompts = numbers
-    built = build_rewards([config(name) for name in BUILT_IN if name != "ocr"]) + reader
+    built = build_rewards([config(name) for name in SCENES if name != "ocr"]) + reader
     values = score_all(built, images, prompts, [{}] * len(prompts))
     for column, reward in zip(values.T, built, strict=True):
         low, high = reward.value_range
@@ -209,13 +223,38 @@ def test_weights_and_order_are_the_configs():
         (config("ocr", region="lower"), "reward 'ocr': region must be"),
         (config("ocr", threads=0), "reward 'ocr': threads must be a whole number of at least 1, got 0"),
         (config("no_such_module:f"), "reward 'no_such_module:f': cannot import module 'no_such_module'"),
-        (config("json:no_such"), r"module 'json' \(.*\) has no function 'no_such'"),
-        (config("json:dumps"), "must take .images, prompts, metadata."),
+        (config("json:no_such"), r"module 'json' \(.*\) has no function or class 'no_such'"),
+        (config("json:dumps"), "dumps must take .images, prompts, metadata. and its params as keywords"),
+        (config("json:JSONDecoder", depth=3), "JSONDecoder must take its params as keywords .*'depth'"),
+        (config("json:JSONDecoder"), r"class JSONDecoder has no method score\(images, prompts, metadata\)"),
+        (config("composition", device="cuda"), "'composition' computes on the CPU; leave its device 'cuda' out"),
+        (RewardConfig(name="composition", params={"device": "cuda"}), "device is no param but a key beside them"),
     ],
 )
 def test_bad_entries_are_named(entry, message):
     with pytest.raises(UserError, match=message):
         build_rewards([entry])
+
+
+def test_devices(monkeypatch):
+    seen = []
+
+    def judge(images, prompts, metadata, device="none"):
+        seen.append(device)
+        return [0] * len(prompts)
+
+    monkeypatch.setitem(sys.modules, "device_reward", SimpleNamespace(judge=judge, __file__="x"))
+    given = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ["a"], [{}]
+    score_all(build_rewards([config("device_reward:judge")]), *given)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)  # as the third rank of a machine has it
+    for device in ("cuda", "cuda:3"):
+        score_all(build_rewards([config("device_reward:judge", device=device)]), *given)
+    assert seen == ["cpu", "cuda:2", "cuda:3"]
+    with pytest.raises(UserError, match="device 'cuda:4' is not there; this machine has 4 GPUs"):
+        build_rewards([config("device_reward:judge", device="cuda:4")])
+    with pytest.raises(UserError, match="""device 'gpu' is none of "cpu", "cuda" and "cuda:1"$"""):
+        build_rewards([config("device_reward:judge", device="gpu")])
 
 
 def test_the_same_reward_twice_is_refused():
@@ -229,23 +268,76 @@ def test_missing_package_is_named(monkeypatch):
         build_rewards([config("ocr")])
 
 
+def test_every_name_has_its_module():
+    folder = Path(rewards.__file__).parent
+    assert all((folder / f"{place[1:].split(':')[0]}.py").is_file() for place in BUILT_IN.values())
+
+
+def test_a_missing_library_is_named_with_the_extra(monkeypatch):
+    monkeypatch.setitem(local.BUILT_IN, "needy", ".no_such_module:Needy")
+    expected = r"reward 'needy' needs more packages \(No module named .*no_such_module'\): pip install 'latent-critic"
+    with pytest.raises(UserError, match=expected + r"\[rewards\]'"):
+        build_rewards([config("needy")])
+
+
 def test_the_readme_lists_every_reward_and_its_example_works(tmp_path, monkeypatch):
     page = (Path(rewards.__file__).parent / "README.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(BUILT_IN)
-    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
-    assert len(code.splitlines()) <= 10
-    (tmp_path / "my_rewards.py").write_text(code)
+    assert re.findall(r"^\| `(\w+)` \|", page.partition("## Your own")[0], re.MULTILINE) == list(BUILT_IN)
+    function, scorer = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(function.splitlines()) <= 10
+    (tmp_path / "my_rewards.py").write_text(function)
+    (tmp_path / "my_scorer.py").write_text(scorer)
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
-    built = build_rewards([config("my_rewards:warmth", gain=2.0)])
-    monkeypatch.delitem(sys.modules, "my_rewards")
+    warmth = build_rewards([config("my_rewards:warmth", gain=2.0)])
+    (sharpness,) = build_rewards([config("my_scorer:Sharpness", side=4)])
+    for module in ("my_rewards", "my_scorer"):
+        monkeypatch.delitem(sys.modules, module)
     assert sys.path == path
     images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
     images[..., 0] = 51
     # gain 2 x (51 - 0) / 255
     torch.testing.assert_close(
-        score_all(built, images, ["a", "b"], [{}, {"cold": True}]), torch.tensor([[0.4], [-0.4]])
+        score_all(warmth, images, ["a", "b"], [{}, {"cold": True}]), torch.tensor([[0.4], [-0.4]])
     )
+    images[1, :, ::2] = 255  # columns of light
+    flat, striped = judge(sharpness, images, ["a", "b"], [{}, {}]).values
+    assert flat == 0 < striped <= 1
+    with pytest.raises(UserError, match="'my_scorer:Sharpness' judges what a prompt says, and this one is empty"):
+        check_prompts([sharpness], ["a", ""])
+
+
+def test_a_class_is_built_once_and_says_what_it_takes(tmp_path, monkeypatch):
+    (tmp_path / "class_reward.py").write_text(
+        """
+import numpy as np
+from PIL import Image
+
+class Judge:
+    images, value_range, is_elsewhere, built = "pil", [0, 255], True, 0
+
+    def __init__(self, channel, device="none"):
+        self.channel, self.device = channel, device
+        Judge.built += 1
+
+    def score(self, images, prompts, metadata):
+        assert all(isinstance(image, Image.Image) for image in images)
+        values = [np.asarray(image)[0, 0, self.channel] for image in images]
+        return values, {"batch": [len(prompts)] * len(images), self.device: [m["n"] for m in metadata]}
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    (built,) = build_rewards([config("class_reward:Judge", channel=2, batch_size=2)])
+    module = sys.modules["class_reward"]
+    monkeypatch.delitem(sys.modules, "class_reward")
+    images = torch.tensor([3, 1, 4], dtype=torch.uint8)[:, None, None, None] * torch.tensor(
+        [0, 0, 1], dtype=torch.uint8
+    )
+    found = judge(built, images, ["a", "b", "c"], [{"n": n} for n in range(3)])
+    check_prompts([built], ["anything"])  # it does not mind
+    assert (found.values.tolist(), module.Judge.built) == ([3, 1, 4], 1)
+    assert {name: column.tolist() for name, column in found.extras.items()} == {"batch": [2, 2, 1], "cpu": [0, 1, 2]}
+    assert built.value_range == (0, 255) and built.is_elsewhere
 
 
 # ---------------------------------------------------------------------------------------------------------- checking
@@ -284,10 +376,14 @@ def custom(tmp_path, monkeypatch):
         ("return images.float().mean()", r"'bad_rewards:judge' returned shape \[\] for 3 pictures"),
         ("return None", "'bad_rewards:judge' returned NoneType for prompt 'a', not numbers"),
         ("return list('abc')", "'bad_rewards:judge' returned list for prompt 'a', not numbers"),
+        ("return [1, 2, 3], {'x': [1, 2]}", r"'bad_rewards:judge' returned shape \[2\] as 'x' for 3 pictures"),
+        ("return [1, 2, 3], {'x': [1, 2, math.inf]}", "'bad_rewards:judge' returned inf as 'x' for prompt 'c'"),
+        ("return [1, 2, 3], {'x': None}", "'bad_rewards:judge' returned NoneType as 'x' for prompt 'a', not numbers"),
+        ("return ([1, 2, 3], {}, 0)", "'bad_rewards:judge' returned tuple for prompt 'a', not numbers"),
     ],
 )
 def test_bad_rewards_are_named_with_their_prompt(custom, body, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(RewardError, match=message):
         score_all(custom(body), torch.zeros(3, 8, 8, 3, dtype=torch.uint8), ["a", "b", "c"], [{}] * 3)
 
 
@@ -299,6 +395,39 @@ def test_lists_arrays_and_tensors_are_scores(custom, body):
     values = score_all(custom(body), images, ["a", "b", "c"], [{}] * 3)
     assert values.dtype == torch.float32
     assert values.tolist() == [[1.0], [2.0], [3.0]]
+
+
+@pytest.mark.parametrize(
+    ("value", "value_range", "message"),
+    [
+        (-0.01, (0, 1), r"returned -0.01, below its range of 0 to 1, for prompt 'c'"),
+        (1.01, (0, 1), "returned 1.01, above its range of 0 to 1, for prompt 'c'"),
+        (0.5, (float("-inf"), 0), "returned 0.5, above its range of -inf to 0, for"),
+        (-5, (0, float("inf")), "returned -5, below its range of 0 to inf, for"),
+        (-0.00001, (0, 1), None),
+        (1.00001, (0, 1), None),
+        (1e30, ANY_VALUE, None),
+    ],
+)
+def test_scores_beyond_the_declared_range(value, value_range, message):
+    reward = Reward("r", 1.0, value_range, lambda images, *_: [0.0, 0.0, value], lambda prompts: None)
+    given = torch.zeros(3, 8, 8, 3, dtype=torch.uint8), ["a", "b", "c"], [{}] * 3
+    if message is None:  # a rounding beyond it is none
+        assert judge(reward, *given).values[2].item() == pytest.approx(value, rel=1e-6)
+    else:
+        with pytest.raises(RewardError, match=f"^reward 'r' {message}"):
+            judge(reward, *given)
+
+
+def test_extras_of_batches_are_joined_and_gaps_are_nan():
+    def score(images, prompts, metadata):
+        return [len(prompts)] * len(prompts), {prompts[0]: [7.0] * len(prompts)}
+
+    reward = Reward("r", 1.0, ANY_VALUE, score, lambda prompts: None, batch_size=2)
+    found = judge(reward, torch.zeros(3, 8, 8, 3, dtype=torch.uint8), ("a", "b", "c"), ({},) * 3)
+    assert found.values.tolist() == [2, 2, 1]
+    np.testing.assert_array_equal(found.extras["a"], [7, 7, np.nan])
+    np.testing.assert_array_equal(found.extras["c"], [np.nan, np.nan, 7])
 
 
 def test_prompts_that_a_reward_cannot_judge_are_named_before_a_run(reader):

@@ -8,7 +8,7 @@ import torch
 
 from latent_critic.engine.errors import UserError
 from latent_critic.engine.prompts import Prompt
-from latent_critic.engine.rewards import ANY_VALUE, Reward
+from latent_critic.engine.rewards import ANY_VALUE, ConstantGuard, Reward, RewardError
 from latent_critic.engine.scoring import Scoring
 
 PATIENCE = 60  # seconds until a thread that should have moved on counts as hanging
@@ -28,8 +28,8 @@ def part(*greys):
     return SimpleNamespace(latents=latents, prompts=prompts)
 
 
-def reward(score):
-    return Reward(score.__name__, 1.0, ANY_VALUE, score, lambda prompt: None)
+def reward(score, **more):
+    return Reward(score.__name__, 1.0, ANY_VALUE, score, lambda prompts: None, **more)
 
 
 def grey(images, prompts, metadata):
@@ -120,3 +120,69 @@ def test_the_trunk_keeps_its_threads():
         assert (seen, torch.get_num_threads()) == ([1], 2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_pictures_are_decoded_while_rewards_elsewhere_are_awaited():
+    """Two of them, at once; one that computes here scores meanwhile. Columns and samples keep their order."""
+    others, seen = threading.Barrier(2, timeout=PATIENCE), threading.Event()
+
+    def remote(images, prompts, metadata):
+        others.wait()
+        assert seen.wait(PATIENCE), "decoding waited for the reward"
+        return grey(images, prompts, metadata)
+
+    def second(images, prompts, metadata):
+        return 3 * remote(images, prompts, metadata)
+
+    def here(images, prompts, metadata):
+        if images[0, 0, 0, 0] == 9:
+            seen.set()
+        return twice(images, prompts, metadata)
+
+    rewards = [reward(remote, is_elsewhere=True), reward(here), reward(second, is_elsewhere=True)]
+    scoring = Scoring(Pictures(), rewards)
+    scoring.submit(1, part(9))
+    scoring.submit(0, part(7))
+    assert scoring.result()[1].tolist() == [[7, 14, 21], [9, 18, 27]]
+
+
+def test_extras_are_means_of_what_is_known():
+    def extra(images, prompts, metadata):
+        greys = grey(images, prompts, metadata)
+        odd = torch.where(greys % 2 == 1, greys, torch.nan)
+        return greys, {"odd": odd, "all": greys, "none": odd * torch.nan}
+
+    scoring = Scoring(Pictures(), [reward(grey), reward(extra)])
+    scoring.submit(0, part(3, 4))
+    scoring.submit(2, part(5))
+    scoring.result()
+    assert scoring.extras == {"extra/odd": 4, "extra/all": 4}
+
+
+def test_after_a_failure_no_other_batch_waits_as_long_again():
+    """And who asks again is told the same: several threads of an update do."""
+    calls = []
+
+    def away(images, prompts, metadata):
+        calls.append(prompts)
+        raise RewardError("the server is away")
+
+    scoring = Scoring(Pictures(), [reward(away), reward(grey, is_elsewhere=True)])
+    for start in range(5):
+        scoring.submit(start, part(start))
+    for _ in range(2):
+        with pytest.raises(RewardError, match="the server is away"):
+            scoring.result()
+    assert len(calls) == 1
+
+
+def test_the_guard_is_shown_an_iteration():
+    shown = []
+    guard = ConstantGuard([])
+    guard.observe = lambda *given: shown.append(given)
+    scoring = Scoring(Pictures(), [reward(grey), reward(twice)], guard)
+    scoring.submit(0, part(3, 4, 5))
+    scoring.submit(3, part(2))
+    scoring.result()
+    scoring.result()
+    assert shown == [([2, 4], [5, 10], 4)]

@@ -77,11 +77,13 @@ def forwards(config: dict[str, Any]) -> Forwards:
     if window := rollout.get("sde_window"):
         trained = window["size"]
     has_critic = config["algorithm"]["name"] == "ppo"
-    critic_passes = training["critic_epochs"] * steps if has_critic else 0
+    # With features that the rollout keeps the critic's own passes go through its head alone.
+    keeps = config["critic"]["trunk"] == "shared-detached" and training.get("keep_features", True)
+    critic_passes = 0 if keeps or not has_critic else steps
     evaluated = evaluation["num_inference_steps"] * (2 if evaluation["guidance_scale"] > 1 else 1) + steps * guided
     return Forwards(
-        pretraining=guided * steps * (1 + training["value_pretraining_epochs"]),
-        training=guided * (steps + 3 * trained + critic_passes),
+        pretraining=guided * (steps + critic_passes * training["value_pretraining_epochs"]),
+        training=guided * (steps + 3 * trained + critic_passes * training["critic_epochs"]),
         evaluation=evaluated * evaluation["num_prompts"] / rollout["samples_per_iteration"],
     )
 

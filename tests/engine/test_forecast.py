@@ -205,7 +205,7 @@ def test_kernels_keep_less_than_the_steps_they_stand_for(tiny_config):
 def test_costs_grow_in_proportion_to_the_samples(tiny_config, model, resolution):
     made = build(tiny_config(model={"pretrained": model, "resolution": resolution, "dtype": "bfloat16"}))
     two, four = (Passes.of(made, samples) for samples in (2, 4))
-    for few, many in zip(two, four, strict=True):
+    for few, many in zip(two[:3], four[:3], strict=True):
         assert few.flops == pytest.approx(many.flops, rel=1e-4)
         assert few.bytes == pytest.approx(many.bytes, rel=0.01)
 
@@ -224,6 +224,10 @@ def test_the_critic_alone_takes_no_backward_through_the_policy(tiny_config):
     shared = Passes.of(build(tiny_config()))
     assert shared.critic_only.flops == pytest.approx(shared.sampling.flops, rel=0.01)
     assert shared.critic_only.bytes < shared.training.bytes / 3
+    kept = Passes.of(build(tiny_config()), keeps_features=True)  # then the trunk does not run at all
+    taps, tokens, width = 3, 64, 64
+    assert kept.features == taps * tokens * width * 2 and kept.critic_only.flops < shared.critic_only.flops / 3
+    assert kept[:1] + kept[2:3] == shared[:1] + shared[2:3]
     separate = Passes.of(build(tiny_config(critic={"trunk": "separate"})))
     assert separate.sampling.flops == pytest.approx(2 * shared.sampling.flops, rel=0.01)
     assert separate.critic_only.flops == pytest.approx(shared.training.flops, rel=0.1)

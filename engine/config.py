@@ -227,7 +227,7 @@ class CriticConfig(_Section):
     feature_dropout: float = Field(
         0.0,
         ge=0,
-        lt=1,
+        le=0.99,
         description="Share of the features' numbers that a critic-only pass does not see, others each time; needs "
         "`training.keep_features`",
     )
@@ -444,7 +444,7 @@ class Config(_Section):
                 f"rollout.num_trained_steps = {rollout.num_trained_steps}: at most rollout.num_inference_steps = "
                 f"{rollout.num_inference_steps}"
             )
-        if self.critic.feature_dropout and not self.keeps_features:
+        if self.has_critic and self.critic.feature_dropout and not self.keeps_features:
             mistakes.append(
                 f"critic.feature_dropout = {self.critic.feature_dropout}: only critic-only passes on kept features "
                 'drop any; needs critic.trunk = "shared-detached", training.keep_features and training.critic_epochs'

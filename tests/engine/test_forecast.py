@@ -354,6 +354,14 @@ def test_phases(memory):
     assert "critic" not in memory(1, training={"critic_epochs": 0, "value_pretraining_iterations": 0}).phases
 
 
+def test_features_are_kept_on_the_host(memory):
+    """32 samples of 10 steps and 9 bytes in each of two processes; and a micro-batch's until they are copied."""
+    plain, kept = (memory(2, sizes={"passes": SIZES.passes._replace(features=size)}) for size in (0, 9))
+    assert plain.cpu == {} and kept.cpu == {"features": 32 * 10 * 9}
+    for phase in ("rollout", "critic", "update"):
+        assert kept.phases[phase]["trajectories"] - plain.phases[phase]["trajectories"] == 4 * 10 * 9
+
+
 def test_large_micro_batches_are_decoded_in_part(memory):
     phases = memory(1, rollout={"micro_batch_size": 32}).phases
     assert phases["rollout"]["decoding"] == 16 * 30

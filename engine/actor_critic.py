@@ -1,6 +1,7 @@
 """The one module that DeepSpeed wraps: prediction and values from a single pass through the trunk."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -113,22 +114,28 @@ class ActorCritic(nn.Module):
         unconditional: Conditioning | None = None,
         guidance_scale: float | None = None,
         values_only: bool = False,
-    ) -> tuple[Tensor | None, Tensor]:
-        """Prediction [B, C, H, W] and values [B, M], both float32.
+        with_features: bool = False,
+        features: Sequence[Tensor] = (),
+    ) -> tuple[Tensor | None, ...]:
+        """Prediction [B, C, H, W] and values [B, M], both float32; then, with_features, what the critic read: of each
+        tap [B, N, D] of the model's type.
 
         latents: float32 [B, C, H, W]; timesteps: float32 [B], 0..1000; guidance_scale: None is the trained one. With
         guidance above 1 the unconditional branch runs in the same batch, in front, and the critic reads the
         conditional half (a guidance-distilled model has no such branch).
         values_only: no prediction (None) where the values can be had without one.
+        features: as an earlier call gave them. Only the critic runs, and there is no prediction.
         """
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         dtype = next(self.trunk.parameters()).dtype
         conditioning = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
         pooled_text = self.backbone.pooled_text(conditioning)
+        if features:
+            return None, self.critic(*features, timesteps=timesteps, pooled_text=pooled_text)
         if self.critic_trunk is not None:
             # At guidance 1, but for a distilled model: the critic reads the conditional branch alone.
             self.backbone.predict(self.critic_trunk, latents.to(dtype), timesteps, conditioning, guidance)
-            values = self._values(timesteps, pooled_text)
+            values, features = self._values(timesteps, pooled_text)
             if values_only:
                 return None, values
         prediction = self._predict(self.trunk, latents, timesteps, conditioning, unconditional, guidance)
@@ -139,8 +146,8 @@ class ActorCritic(nn.Module):
         elif self.critic is None:
             values = prediction.new_zeros(len(latents), 0)
         elif self.critic_trunk is None:
-            values = self._values(timesteps, pooled_text)
-        return prediction, values
+            values, features = self._values(timesteps, pooled_text)
+        return (prediction, values, *features) if with_features else (prediction, values)
 
     @torch.no_grad()
     def reference_prediction(
@@ -176,13 +183,13 @@ class ActorCritic(nn.Module):
             prediction = without + guidance * (with_prompt - without)
         return prediction
 
-    def _values(self, timesteps: Tensor, pooled_text: Tensor) -> Tensor:
-        """What the critic makes of the features that the last forward of its trunk left behind."""
+    def _values(self, timesteps: Tensor, pooled_text: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the critic makes of the features that the last forward of its trunk left behind, and these."""
         features = [vars(block).pop("tapped")[-len(timesteps) :] for block in self._tapped]  # with the prompt
         if self.detach:
             features = [tapped.detach() for tapped in features]
         tokens = [self.backbone.tokens(tapped) for tapped in features]
-        return self.critic(*tokens, timesteps=timesteps, pooled_text=pooled_text)
+        return self.critic(*tokens, timesteps=timesteps, pooled_text=pooled_text), tokens
 
 
 def _choose_taps(backbone: Backbone, config: CriticConfig) -> tuple[list[int], int]:

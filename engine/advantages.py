@@ -33,23 +33,24 @@ def mean_and_variance(
     return mean, variance, count
 
 
-def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) with one reward, at the end of the trajectory.
 
         delta_k = r_k + gamma V_{k+1} - V_k,  A_k = delta_k + gamma lam A_{k+1},  G_k = A_k + V_k,  V_K = 0
 
     rewards: [N, M], what the last of the K steps earns. values: [N, K, M], of the latents the steps start from; pass
-    only those that the critic has learned. Returns advantages and returns, [N, K, M].
+    only those that the critic has learned. lam: of all steps, or [K], of each. Returns advantages and returns,
+    [N, K, M].
     With gamma = lam = 1, A_k = R - V_k and G_k = R, exactly: what is computed is the equivalent lambda-return,
     G_k = r_k + gamma ((1 - lam) V_{k+1} + lam G_{k+1}), which then has no rounding.
     """
     if values.ndim != 3 or rewards.shape != (values.shape[0], values.shape[2]):
         raise ValueError(f"rewards {list(rewards.shape)} must be [N, M] for values [N, K, M] {list(values.shape)}")
     returns = torch.empty_like(values)
-    following = rewards
-    for k in reversed(range(values.shape[1])):
-        returns[:, k] = following
-        following = gamma * ((1.0 - lam) * values[:, k] + lam * following)
+    lams = torch.as_tensor(lam, dtype=values.dtype, device=values.device).expand(values.shape[1])
+    returns[:, -1] = rewards
+    for k in reversed(range(values.shape[1] - 1)):
+        returns[:, k] = gamma * ((1.0 - lams[k]) * values[:, k + 1] + lams[k] * returns[:, k + 1])
     return returns - values, returns
 
 

@@ -233,6 +233,13 @@ class CriticConfig(_Section):
     )
     dim: int = Field(64, ge=1, description="Width of a critic token")
     num_heads: int = Field(4, ge=1, description="Heads of the attention pooling; divides `dim`")
+    feature_dropout: float = Field(
+        0.0,
+        ge=0,
+        le=0.99,
+        description="Share of the features' numbers that a critic-only pass does not see, others each time; needs "
+        "`training.keep_features`",
+    )
     timestep_adaln: bool = Field(True, description="Modulate the head by the timestep, as AdaLN (arXiv 2605.27736)")
     value_coef: float = Field(0.5, gt=0, description="Weight of the value loss in the summed loss")
 
@@ -271,8 +278,15 @@ class AlgorithmConfig(_Section):
         1.0,
         ge=0,
         le=1,
-        description="lambda of the policy's GAE; 1 compares with what the sample earned (arXiv 2605.27736), less with "
-        "the critic's later values: less noise, if they explain something. The critic always learns what was earned",
+        description="lambda of the policy's GAE over stochastic steps; 1 compares with what the sample earned (arXiv "
+        "2605.27736), less with the critic's later values: less noise, if they explain something",
+    )
+    value_lam: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="lambda of the critic's targets over stochastic steps: 1 is what the sample earned, less are the "
+        "critic's own later values, which know more of it than an early step can",
     )
     advantage_clip: float = Field(10.0, gt=0, description="Bound of a normalised advantage, in standard deviations")
     target_clip: float = Field(5.0, gt=0, description="Bound of a value target, in standard deviations of the reward")
@@ -356,6 +370,9 @@ class OptimizerConfig(_Section):
         (0.9, 0.95), description="AdamW's decay rates of the first and second moment"
     )
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's decoupled weight decay")
+    critic_weight_decay: float | None = Field(
+        None, ge=0, description="That of the critic, which has few samples to learn from; null is `weight_decay`"
+    )
     gradient_clipping: float = Field(1.0, gt=0, description="Bound of the global gradient norm, an update")
 
 
@@ -384,6 +401,11 @@ class TrainingConfig(_Section):
         ge=0,
         description="Extra critic-only passes an iteration, so that the critic follows a moving policy; `lam` below 1 "
         "needs one, since only these learn the values of steps that are not trained",
+    )
+    keep_features: bool = Field(
+        True,
+        description="Critic-only passes read the features that the rollout's own forwards left, kept in the CPU's "
+        "memory, so they cost no pass through the trunk. For `critic.trunk` shared-detached",
     )
     ema_decay: float | None = Field(
         None,
@@ -493,11 +515,18 @@ class Config(_Section):
                 f"rollout.num_trained_steps = {rollout.num_trained_steps}: at most rollout.num_inference_steps = "
                 f"{rollout.num_inference_steps}"
             )
-        if self.has_critic and self.algorithm.lam < 1 and self.training.critic_epochs == 0:
+        if self.has_critic and self.critic.feature_dropout and not self.keeps_features:
             mistakes.append(
-                f"training.critic_epochs = 0: algorithm.lam = {self.algorithm.lam} needs 1 or more: no other pass "
-                "learns the values of steps that are not trained"
+                f"critic.feature_dropout = {self.critic.feature_dropout}: only critic-only passes on kept features "
+                'drop any; needs critic.trunk = "shared-detached", training.keep_features and training.critic_epochs'
             )
+        for name in ("lam", "value_lam"):
+            lam = getattr(self.algorithm, name)
+            if self.has_critic and lam < 1 and self.training.critic_epochs == 0:
+                mistakes.append(
+                    f"training.critic_epochs = 0: algorithm.{name} = {lam} needs 1 or more: no other pass learns the "
+                    "values of steps that are not trained"
+                )
         if rollout.sde_window:
             room = rollout.num_trained_steps or rollout.num_inference_steps - 1
             if rollout.sde_window.size > room:
@@ -513,6 +542,13 @@ class Config(_Section):
     @property
     def has_critic(self) -> bool:
         return self.algorithm.name == "ppo"
+
+    @property
+    def keeps_features(self) -> bool:
+        """The rollout keeps what the critic reads."""
+        training = self.training
+        passes = training.value_pretraining_iterations + training.critic_epochs
+        return bool(self.has_critic and self.critic.trunk == "shared-detached" and training.keep_features and passes)
 
     @property
     def value_names(self) -> list[str]:

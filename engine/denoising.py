@@ -40,7 +40,9 @@ class DenoisingLoop:
         graph: Literal["off", "step", "loop"] = "off",
         pool: tuple[int, int] | None = None,
         check_addresses: bool = False,
+        keep_features: bool = False,
     ):
+        """keep_features: of the blocks that the critic reads; they are returned as well."""
         self.model, self.size, self.guidance_scale = model, size, guidance_scale
         self.schedule = schedule
         self.table, self.timesteps = schedule
@@ -51,6 +53,8 @@ class DenoisingLoop:
         self.latents = torch.zeros(steps + 1, size, *latent_shape, device=device)
         self.log_probs = torch.zeros(steps, size, device=device)
         self.values = torch.zeros(steps, size, len(model.reward_names), device=device)
+        self.keep_features = keep_features
+        self.features: list[Tensor] = []  # of each tap [K, size, N, D], once a step has shown their shapes
         # In the model's type, so that no step casts them again.
         self.conditioning = {
             name: torch.zeros(size, *tensor.shape[1:], dtype=dtype, device=device)
@@ -73,8 +77,9 @@ class DenoisingLoop:
         return self._graph is not None
 
     @torch.no_grad()
-    def __call__(self, noises: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples B trajectories: latents [B, K + 1, ...], log_probs [B, K] and values [B, K, M], float32, all new.
+    def __call__(self, noises: Tensor, conditioning: Conditioning) -> tuple[Tensor, ...]:
+        """Samples B trajectories: latents [B, K + 1, ...], log_probs [B, K] and values [B, K, M], float32; then, if
+        they are kept, each tap's features [B, K, N, D] in the model's type. All new.
 
         noises: float32 [K + 1, B, ...], the initial latents first, B <= size; conditioning: [B, ...]. Rows that are
         left over repeat the last sample: every micro-batch has the shape that was captured.
@@ -93,7 +98,8 @@ class DenoisingLoop:
                 self._check_addresses()
                 self._graph.replay()
         # Copies even where a transposed view is contiguous: the buffers belong to the next micro-batch.
-        drawn = (buffer[:, :count].transpose(0, 1) for buffer in (self.latents, self.log_probs, self.values))
+        buffers = self.latents, self.log_probs, self.values, *self.features
+        drawn = (buffer[:, :count].transpose(0, 1) for buffer in buffers)
         return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in drawn)
 
     def close(self) -> None:
@@ -110,18 +116,22 @@ class DenoisingLoop:
 
     def _step(self) -> None:
         z, noise, timestep = (x.index_select(0, self.step)[0] for x in (self.latents, self.noises, self.timesteps))
-        v, values = self._predict(z, timestep)
+        v, values, *features = self._predict(z, timestep)
         z, v = self._select(z, v, values)
         z_next, log_probs = transition_step(v, z, noise, self.table, self.step[0])
         self.log_probs.index_copy_(0, self.step, log_probs[None])
         self.values.index_copy_(0, self.step, values[None])
+        if not self.features:
+            self.features = [tap.new_zeros(len(self.noises), *tap.shape) for tap in features]
+        for buffer, tap in zip(self.features, features, strict=True):
+            buffer.index_copy_(0, self.step, tap[None])
         self.step += 1
         self.latents.index_copy_(0, self.step, z_next[None])
 
-    def _predict(self, z: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model(
-            z, timestep.expand(self.size), self.conditioning, self.unconditional, guidance_scale=self.guidance_scale
-        )
+    def _predict(self, z: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
+        """Prediction and values, and features if they are kept."""
+        inputs = z, timestep.expand(self.size), self.conditioning, self.unconditional
+        return self.model(*inputs, guidance_scale=self.guidance_scale, with_features=self.keep_features)
 
     def _select(self, z: Tensor, v: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The samples that go on, latents and predictions: here each."""
@@ -151,7 +161,8 @@ class DenoisingLoop:
                     if isinstance(tensor, Tensor):
                         yield f"model.{name}.{key}", tensor.data_ptr()
         for name, value in vars(self).items():
-            tensors = value if isinstance(value, dict) else {"": value}
+            tensors = dict(enumerate(value)) if isinstance(value, list) else value
+            tensors = tensors if isinstance(tensors, dict) else {"": tensors}
             for key, tensor in tensors.items():
                 if isinstance(tensor, Tensor):
                     yield f"{name} {key}".strip(), tensor.data_ptr()

@@ -139,7 +139,9 @@ def _describe_time(config: Config, processes: int, device: Device, sizes: Sizes)
     if device.flops is None or dtype_of(config) == torch.float32:
         return f"no time: the peak of {device.name} in {config.model.dtype} is not known here"
     speed = UTILISATION * device.flops / config.rollout.micro_batch_size
-    cost = Measurement(*(each.flops / speed for each in sizes.passes), activations=0)
+    passes = sizes.passes
+    costs = (cost.flops / speed for cost in (passes.sampling, passes.critic_only, passes.training))
+    cost = Measurement(*costs, activations=0)
     length = describe_length(config, predict_seconds(config, processes, sizes.trained_steps, cost))
     return _lines(length, f"by the model's passes alone, at an assumed {100 * UTILISATION:.0f} % of the peak")
 

@@ -52,11 +52,13 @@ class Passes(NamedTuple):
     """What a denoising step costs for each sample of a pass."""
 
     sampling: Cost  # a forward without gradient
-    critic_only: Cost  # a forward, and the backward of the critic
+    critic_only: Cost  # a forward, of the critic alone where its features are kept, and the backward of the critic
     training: Cost  # a forward, and the backward of policy and critic
 
+    features: int = 0  # bytes of what the rollout keeps for the critic
+
     @classmethod
-    def of(cls, model: ActorCritic, samples: int = 2) -> "Passes":
+    def of(cls, model: ActorCritic, samples: int = 2, keeps_features: bool = False) -> "Passes":
         """Counted with so many samples: a single one spares copies that more of them need."""
         new, shapes = partial(torch.empty, device=META), model.backbone.conditioning_shapes()
         latents, timesteps = new(samples, *model.backbone.latent_shape), new(samples)
@@ -66,11 +68,12 @@ class Passes(NamedTuple):
         present = [latents, timesteps, *conditioning.values(), *unconditional.values()]
         present += [*model.parameters(), *model.buffers()]
 
-        def cost(**options: bool) -> Cost:
+        def cost(**options: Any) -> Cost:
             return Cost(*(number / samples for number in cost_of(lambda: model(*inputs, **options), present)))
 
         with torch.no_grad():
             sampling = cost()
+            features = list(model(*inputs, with_features=True)[2:]) if keeps_features else []
 
         def run() -> list[Tensor]:
             reference = [model.reference_prediction(*inputs)] if model.reference is not None else []
@@ -80,10 +83,11 @@ class Passes(NamedTuple):
         policy = model.policy_parameters
         for parameter in policy:
             parameter.requires_grad_(False)
-        critic_only = cost(values_only=True)
+        present += features
+        critic_only = cost(values_only=True, features=features)
         for parameter in policy:
             parameter.requires_grad_(True)
-        return cls(sampling, critic_only, training)
+        return cls(sampling, critic_only, training, sum(tap.nbytes for tap in features) // samples)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Sizes:
             depth=backbone.depth,
             trained_steps=int(trained_steps(schedule.table).sum()),
             evaluation_factor=2 if guided == [True, False] else 1,
-            passes=Passes.of(model),
+            passes=Passes.of(model, keeps_features=config.keeps_features),
         )
 
 
@@ -161,7 +165,7 @@ class Memory(NamedTuple):
     """Of one process."""
 
     phases: dict[str, Parts]  # on the GPU
-    cpu: Parts  # where DeepSpeed offloads to
+    cpu: Parts  # what DeepSpeed offloads, and what the rollout keeps for the critic
 
     @property
     def fullest(self) -> str:
@@ -195,7 +199,9 @@ def memory_of(config: Config, processes: int, capacity: float, sizes: Sizes) -> 
     is_copied = rollout.weights == "copy" or (rollout.weights == "auto" and 2 * copy <= free)  # or shared, for nothing
     sampling = sizes.passes.sampling.bytes * micro_batch * sizes.evaluation_factor
     share = rollout.samples_per_iteration // processes
-    loop = micro_batch * ((2 * steps + 1) * sizes.latent + sizes.conditioning)
+    loop = micro_batch * ((2 * steps + 1) * sizes.latent + sizes.conditioning + steps * sizes.passes.features)
+    if sizes.passes.features:
+        cpu["features"] = share * steps * sizes.passes.features
     drawn = {
         "trajectories": share * ((steps + 1) * sizes.latent + sizes.conditioning) + loop,
         "decoding": min(BATCH, micro_batch) * sizes.decoding,

@@ -63,9 +63,10 @@ class Outcome:
     @_once
     def returns(self) -> Tensor:
         """What the critic learns, [N, K, heads]."""
-        return self._algorithm.returns(self.raw, self._trajectory.values)
+        return self._algorithm.returns(self.raw, self._trajectory.values, self._trajectory.trained_steps)
 
     @_once
     def explained_variance(self) -> Tensor:
-        """Share of the returns' variance that the rollout's values foresaw, by step: [K]."""
-        return explained_variance(self._trajectory.values, self.returns).mean(1)
+        """Share of the rewards' variance that the rollout's values foresaw, by step: [K]."""
+        values = self._trajectory.values
+        return explained_variance(values, self._algorithm.earned(self.raw)[:, None].expand_as(values)).mean(1)

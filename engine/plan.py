@@ -25,15 +25,18 @@ class Measurement:
 
     # Of micro-batches side by side each has its share of the time.
     rollout: float  # seconds of a denoising step
-    forward: float  # seconds a denoising step of a forward without gradient, in an update
+    critic_only: float  # seconds a denoising step of a pass that trains the critic alone
     training: float  # seconds a denoising step of a forward and its backward
     activations: int  # bytes that the training forwards of a time keep for their backwards
 
 
-def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> Measurement:
+def measure(
+    model: ActorCritic, cores: int, steps_per_forward: int, *inputs, keeps_features: bool = False
+) -> Measurement:
     """Times the second pass of each kind and counts what autograd keeps. No gradient is kept, nor all at a time.
 
-    inputs: of one micro-batch, as the model takes them; on a CPU `cores` of them run side by side.
+    inputs: of one micro-batch, as the model takes them; on a CPU `cores` of them run side by side. keeps_features:
+    passes of the critic alone have them from the rollout.
     """
 
     def forward() -> None:
@@ -47,8 +50,19 @@ def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> 
 
     rollout = _seconds(forward) / cores
     inputs = [*(_repeat(x, steps_per_forward) for x in inputs[:3]), *inputs[3:]]  # the unconditional prompt is one row
-    alone = _seconds(forward) / (steps_per_forward * cores)
+    features: list[torch.Tensor] = []
+    if keeps_features:
+        with torch.no_grad():
+            _, _, *features = model(*inputs, with_features=True)
+
+    def train_critic() -> None:
+        if features:
+            model(*inputs, features=features)[1].square().sum().backward()
+        else:
+            forward()
+
     with no_gradients_kept(model.parameters()):
+        critic_only = _seconds(train_critic) / (steps_per_forward * cores)
         training = _seconds(train) / (steps_per_forward * cores)
     kept: dict[int, int] = {}
 
@@ -60,7 +74,7 @@ def measure(model: ActorCritic, cores: int, steps_per_forward: int, *inputs) -> 
     with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
         _loss(model(*inputs))
     weights = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.data_ptr() in kept)
-    return Measurement(rollout, alone, training, cores * max(0, sum(kept.values()) - weights))
+    return Measurement(rollout, critic_only, training, cores * max(0, sum(kept.values()) - weights))
 
 
 def _repeat(x: torch.Tensor | dict, times: int) -> torch.Tensor | dict:
@@ -155,9 +169,9 @@ def predict_seconds(config: Config, processes: int, trained_steps: int, cost: Me
     rollout, training = config.rollout, config.training
     batches = rollout.samples_per_iteration // (rollout.micro_batch_size * processes)
     steps = rollout.num_inference_steps
-    pretraining = batches * steps * (cost.rollout + cost.forward * training.value_pretraining_epochs)
+    pretraining = batches * steps * (cost.rollout + cost.critic_only * training.value_pretraining_epochs)
     critic_only = steps * training.critic_epochs
-    iteration = batches * (cost.rollout * steps + cost.forward * critic_only + cost.training * trained_steps)
+    iteration = batches * (cost.rollout * steps + cost.critic_only * critic_only + cost.training * trained_steps)
     length = training.value_pretraining_iterations + training.iterations
     evaluations = 1 + (-(-length // config.evaluation.every) if config.evaluation.every else 1)
     per_evaluation = -(-config.evaluation.num_prompts // (rollout.micro_batch_size * processes))

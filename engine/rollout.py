@@ -66,12 +66,14 @@ class Rollout:
         schedule: Schedule,
         seed: int,
         guidance_scale: float | None = None,
+        keep_features: bool = False,
         finished: Callable[[int, Trajectory], None] = lambda start, part: None,
     ) -> Trajectory:
         """schedule: on the device, the same object again for the same sampler, since a loop is kept for it.
 
-        sample_indices: int64 [N], global, which key the noise. guidance_scale: None is the trained one. `finished` is
-        called with each micro-batch and the number of its first sample, in any order and from several threads.
+        sample_indices: int64 [N], global, which key the noise. guidance_scale: None is the trained one. keep_features:
+        what the critic reads stays in the trajectory, for passes of the critic alone. `finished` is called with each
+        micro-batch and the number of its first sample, in any order and from several threads.
         """
         guidance = self.models[0].guidance_scale if guidance_scale is None else guidance_scale
         self.encode.prepare([prompt.text for prompt in prompts])
@@ -94,9 +96,11 @@ class Rollout:
                     if batch is None:
                         return
                     if loop is None:
-                        loop = self._loop(worker, schedule, size, batch.conditioning, unconditional, guidance)
+                        loop = self._loop(
+                            worker, schedule, size, batch.conditioning, unconditional, guidance, keep_features
+                        )
                 with self.clock.span() if self.clock and loop.is_captured else nullcontext():
-                    latents, log_probs, values = loop(batch.noises, batch.conditioning)
+                    latents, log_probs, values, *features = loop(batch.noises, batch.conditioning)
                 part = Trajectory(
                     latents,
                     log_probs,
@@ -107,6 +111,7 @@ class Rollout:
                     prompts=list(prompts[batch.rows]),
                     sample_indices=sample_indices[batch.rows],
                     seed=seed,
+                    features=[tap.cpu() for tap in features],
                 )
                 parts[batch.rows.start] = part
                 finished(batch.rows.start, part)
@@ -146,12 +151,14 @@ class Rollout:
         # From pinned memory a copy to the GPU does not hold up the host.
         return _MicroBatch(rows, noises.pin_memory() if self.device.type == "cuda" else noises, conditioning)
 
-    def _loop(self, worker, schedule, size, conditioning, unconditional, guidance: float) -> DenoisingLoop:
-        key = (worker, id(schedule), size, guidance)  # the loop keeps the schedule, and so its id
+    def _loop(
+        self, worker, schedule, size, conditioning, unconditional, guidance: float, keep_features: bool
+    ) -> DenoisingLoop:
+        key = (worker, id(schedule), size, guidance, keep_features)  # the loop keeps the schedule, and so its id
         if key not in self._loops:
             inputs = (self.models[worker], schedule, self.latent_shape, size, conditioning, unconditional, guidance)
             try:
-                loop = DenoisingLoop(*inputs, self.graph, self._pool, self.check_addresses)
+                loop = DenoisingLoop(*inputs, self.graph, self._pool, self.check_addresses, keep_features)
             except RuntimeError as error:
                 if self.graph == "off" or isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -159,7 +166,7 @@ class Rollout:
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     print(f"rollouts run without a CUDA graph: a step cannot be captured: {reason}", file=sys.stderr)
                 self.graph = "off"
-                loop = DenoisingLoop(*inputs)
+                loop = DenoisingLoop(*inputs, keep_features=keep_features)
             self._loops[key] = loop
         return self._loops[key]
 

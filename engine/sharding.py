@@ -64,7 +64,8 @@ def shard(model: ActorCritic, config: Config, world: World) -> deepspeed.DeepSpe
     policy = model.policy_parameters
     groups = [{"params": policy, "lr": options.policy_lr}]
     if model.critic_parameters:
-        groups.append({"params": model.critic_parameters, "lr": options.critic_lr})
+        decay = options.weight_decay if options.critic_weight_decay is None else options.critic_weight_decay
+        groups.append({"params": model.critic_parameters, "lr": options.critic_lr, "weight_decay": decay})
     optimizer = PhasedAdamW(
         groups,
         betas=options.betas,

@@ -81,7 +81,8 @@ class Trainer:
             if options.compile:
                 compile_blocks(self.backbone.blocks(trunk))
         self.encode = PromptCache(self.backbone, world.device)
-        self.cost = measure(self.model, world.cores, config.training.steps_per_forward, *self._micro_batch())
+        inputs, steps = self._micro_batch(), config.training.steps_per_forward
+        self.cost = measure(self.model, world.cores, steps, *inputs, keeps_features=config.keeps_features)
         self.weights = InferenceCopy(self.model)
         self.clock = TrunkClock(world.device)
         self._watch(self.model)
@@ -157,6 +158,7 @@ class Trainer:
             torch.arange(total)[mine] + iteration * total,
             schedule=self.schedules[place(self.config.rollout, iteration, len(self.schedules))],
             seed=self.config.seed,
+            keep_features=self.config.keeps_features,
             finished=scoring.submit,
         )
 

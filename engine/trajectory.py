@@ -1,6 +1,6 @@
 """What a rollout hands to everything after it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Trajectory:
     prompts: list[Prompt]
     sample_indices: Tensor  # [N] int64, global, which key the noise together with the seed
     seed: int
+    features: list[Tensor] = field(default_factory=list)  # each tap's [N, K, n, D], on the CPU, if they are kept
 
     @property
     def trained_steps(self) -> slice:
@@ -43,4 +44,5 @@ def concatenate(parts: list[Trajectory]) -> Trajectory:
         prompts=[prompt for p in parts for prompt in p.prompts],
         sample_indices=torch.cat([p.sample_indices for p in parts]),
         seed=first.seed,
+        features=[torch.cat(taps) for taps in zip(*(p.features for p in parts), strict=True)],
     )

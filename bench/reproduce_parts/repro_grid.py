@@ -134,7 +134,7 @@ def variants(scale: Scale = FULL) -> list[Variant]:
         Variant("ddpo-long-clock", "algorithms", "DDPO, as many forwards of the trunk", _longer(ddpo_long, ours_long)),
         Variant("ours", "pixels", "PPO with the latent critic", ours),
         Variant("ddpo", "pixels", "DDPO: no critic, as many images", ddpo),
-        Variant("pixel", "pixels", "PPO with a critic on the predicted picture", ours | {"critic.trunk": "pixels"}),
+        Variant("pixel", "pixels", "PPO with a critic on the predicted picture", ours | _trunk("pixels")),
         Variant("grpo", "grpo-options", "GRPO in groups of 8", grpo),
         Variant("grpo-kl", "grpo-options", "GRPO with a KL penalty", grpo | {"algorithm.kl_coef": 0.01}),
         Variant(
@@ -165,8 +165,19 @@ def variants(scale: Scale = FULL) -> list[Variant]:
         Variant("no-adaln", "critic", "no timestep in the critic's head", ours | {"critic.timestep_adaln": False}),
         Variant("taps-last", "critic", "the last block's features alone", ours | {"critic.taps": [4]}),
         Variant("taps-all", "critic", "the features of all five blocks", ours | {"critic.taps": [0, 1, 2, 3, 4]}),
-        Variant("trunk-shared", "critic", "the value loss trains the trunk too", ours | {"critic.trunk": "shared"}),
-        Variant("trunk-separate", "critic", "a trunk of the critic's own", ours | {"critic.trunk": "separate"}),
+        Variant("trunk-shared", "critic", "the value loss trains the trunk too", ours | _trunk("shared")),
+        Variant("trunk-separate", "critic", "a trunk of the critic's own", ours | _trunk("separate")),
+        Variant(
+            "earned-targets", "critic", "what was earned as the critic's target", ours | {"algorithm.value_lam": 1.0}
+        ),
+        Variant("no-dropout", "critic", "all features in critic-only passes", ours | {"critic.feature_dropout": 0.0}),
+        Variant(
+            "little-decay",
+            "critic",
+            "the policy's weight decay for the critic",
+            ours | {"optimizer.critic_weight_decay": None},
+        ),
+        Variant("one-epoch", "critic", "one critic-only pass an iteration", ours | {"training.critic_epochs": 1}),
         Variant("joint", "rewards", "three rewards, a value head each", ours | three),
         Variant(
             "joint-sum", "rewards", "three rewards, one head for their sum", ours | three | {"critic.heads": "sum"}
@@ -209,6 +220,12 @@ def variants(scale: Scale = FULL) -> list[Variant]:
         ),
         *_tuning(of_scale),
     ]
+
+
+def _trunk(kind: str) -> dict[str, Any]:
+    """Its critic-only passes run the trunk, so there is one, and nothing of its features is dropped."""
+    passes = {"training.value_pretraining_epochs": 2, "training.critic_epochs": 1}
+    return {"critic.trunk": kind, "critic.feature_dropout": 0.0, **passes}
 
 
 def _without_critic(name: str, of_scale: dict[str, Any], model: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Algorithm(ABC):
         """Rewards in the critic's units, [N, heads]; here there is no critic."""
         return raw[:, :0]
 
-    def returns(self, raw: Tensor, values: Tensor) -> Tensor:
+    def returns(self, raw: Tensor, values: Tensor, trained: slice) -> Tensor:
         """What the critic is to learn, [N, K, heads]."""
         return values[..., :0]
 

@@ -21,7 +21,7 @@ class PPO(Algorithm):
         self.standardizer.update(raw)
 
     def advantages(self, raw: Tensor, values: Tensor, trained: slice, prompts: Sequence[Prompt]) -> Tensor:
-        advantages, _ = gae(self.earned(raw), values, self.config.gamma, self.config.lam)
+        advantages, _ = self._gae(raw, values, trained, self.config.lam)
         weights = self.weights.new_ones(1) if self.is_sum else self.weights
         return normalize(advantages[:, trained], weights, self.config.advantage_clip)
 
@@ -31,9 +31,14 @@ class PPO(Algorithm):
         rewards = self.standardizer.standardize(raw) if self.standardizer.count > 0 else raw
         return sum_of_rewards(rewards, self.weights) if self.is_sum else rewards
 
-    def returns(self, raw: Tensor, values: Tensor) -> Tensor:
-        """Without bootstrapping, since a critic taught by itself drifts."""
-        return gae(self.earned(raw), values, self.config.gamma, lam=1.0)[1]
+    def returns(self, raw: Tensor, values: Tensor, trained: slice) -> Tensor:
+        return self._gae(raw, values, trained, self.config.value_lam)[1]
+
+    def _gae(self, raw: Tensor, values: Tensor, trained: slice, lam: float) -> tuple[Tensor, Tensor]:
+        """Bootstrapped over the noise of stochastic steps; the others add none that a later value could be free of."""
+        lams = values.new_ones(values.shape[1])
+        lams[trained] = lam
+        return gae(self.earned(raw), values, self.config.gamma, lams)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.standardizer.state_dict()

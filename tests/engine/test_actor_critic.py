@@ -93,6 +93,23 @@ def test_one_trunk_pass(make):
     assert not any(hasattr(block, "tapped") for block in model.trunk.transformer_blocks)  # no activation is kept
 
 
+def test_the_critic_alone_on_features_that_were_kept(make):
+    """The same bits, in float32 and with guidance; the trunk does not run, and only the critic has a gradient."""
+    for guidance in (1.0, 2.0):
+        model, inputs = make(guidance=guidance)
+        torch.nn.init.normal_(model.critic.heads[0][-1].weight)
+        inputs = *inputs, model.backbone.encode_prompts([""])
+        with torch.no_grad():
+            prediction, values, *features = model(*inputs, with_features=True)
+            assert torch.equal(prediction, model(*inputs)[0])
+        assert len(features) == len(model.tap_indices) and all(len(tap) == len(values) for tap in features)
+        model.trunk.register_forward_pre_hook(lambda *_: pytest.fail("the trunk ran"))
+        nothing, found = model(*inputs, values_only=True, features=features)
+        assert nothing is None and torch.equal(found, values) and bool(values.any())
+        found.sum().backward()
+        assert with_gradient(model.critic) and not with_gradient(model.trunk)
+
+
 def with_gradient(module):
     return {name for name, p in module.named_parameters() if p.grad is not None and bool(p.grad.any())}
 

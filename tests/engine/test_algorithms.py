@@ -83,16 +83,44 @@ def test_ppo_by_hand(lam, expected):
     algorithm = build("ppo", (2.0, 0.5), lam=lam)
     values = torch.stack([torch.tensor(FIRST), torch.tensor(SECOND)], -1)
     assert_near(learn(algorithm, RAW, values), expected)
-    # The critic learns what was earned, whatever lambda the policy has.
+    # The critic learns what was earned, whatever lambda the policy has: `value_lam` is another.
     earned = [[[-1.0, -1.0]] * 3, [[1.0, -1.0]] * 3, [[-1.0, 1.0]] * 3, [[1.0, 1.0]] * 3]
-    assert_near(algorithm.returns(RAW, values), earned)
+    assert_near(algorithm.returns(RAW, values, slice(0, 3)), earned)
+
+
+def test_the_critics_own_lambda_by_hand():
+    """Of steps 0 and 1 of three, whose G_2 is R: G_1 = (V_2 + R) / 2, G_0 = (V_1 + G_1) / 2. In the first head V_2 = R
+    and V_1 = -2 R, so G_1 = R, G_0 = -R / 2; in the second V_2 = 0 and V_1 = -3, so G_1 = R / 2, G_0 = R / 4 - 1.5."""
+    algorithm, values = (
+        build("ppo", (1.0, 1.0), value_lam=0.5),
+        torch.stack([torch.tensor(FIRST), torch.tensor(SECOND)], -1),
+    )
+    algorithm.observe(RAW, prompts_of("abcd"))
+    first = [[-r / 2, r, r] for r in (-1.0, 1.0, -1.0, 1.0)]
+    second = [[r / 4 - 1.5, r / 2, r] for r in (-1.0, -1.0, 1.0, 1.0)]
+    returns = algorithm.returns(RAW, values, slice(0, 2))
+    assert_near(returns[..., 0], first)
+    assert_near(returns[..., 1], second)
+
+
+@pytest.mark.parametrize("trained", [slice(0, 1), slice(1, 2), slice(2, 3)])
+def test_only_the_noise_of_stochastic_steps_is_bootstrapped_over(trained):
+    """With lambda 0 a target is the value after the next stochastic step, or what is earned if there is none."""
+    algorithm, values = build("ppo", lam=0.0, value_lam=0.0), torch.tensor([[[0.1], [0.2], [0.3], [0.4]]] * 4)
+    algorithm.observe(RAW[:, :1], prompts_of("abcd"))
+    for earned, found in zip(
+        [-1.0, 1.0, -1.0, 1.0], algorithm.returns(RAW[:, :1], values, trained)[..., 0], strict=True
+    ):
+        following = 0.1 * (trained.stop + 1)  # V of the step after
+        assert_near(found, [following] * trained.stop + [earned] * (4 - trained.stop))
 
 
 def test_ppo_discounts_what_the_critic_learns():
     """gamma 0.5: the last of three steps earns R, the one before it R / 2, the first R / 4."""
     algorithm = build("ppo", gamma=0.5)
     algorithm.observe(RAW[:, :1], prompts_of("abcd"))
-    returns = algorithm.returns(RAW[:, :1], torch.randn(4, 3, 1, generator=torch.Generator().manual_seed(0)))
+    values = torch.randn(4, 3, 1, generator=torch.Generator().manual_seed(0))
+    returns = algorithm.returns(RAW[:, :1], values, slice(0, 3))
     assert_near(returns[..., 0], [[-0.25, -0.5, -1.0], [0.25, 0.5, 1.0]] * 2)
 
 
@@ -117,7 +145,7 @@ def test_ppo_one_head_for_the_sum_by_hand():
         found, [[-0.8049845, -1.6994117], [0.2683282, -0.6260990], [0.6260990, -0.2683282], [1.6994117, 0.8049845]]
     )
     assert_near(algorithm.earned(RAW), [[-1.4], [-0.2], [0.2], [1.4]])
-    assert_near(algorithm.returns(RAW, values), [[[-1.4]] * 3, [[-0.2]] * 3, [[0.2]] * 3, [[1.4]] * 3])
+    assert_near(algorithm.returns(RAW, values, slice(0, 3)), [[[-1.4]] * 3, [[-0.2]] * 3, [[0.2]] * 3, [[1.4]] * 3])
 
 
 def test_ppo_before_any_reward_has_raw_units():
@@ -280,7 +308,8 @@ def test_state_goes_on_to_the_bit(name, tmp_path):
 def test_without_a_critic_there_is_nothing_for_it_to_learn():
     for name in ("grpo", "ddpo"):
         algorithm = build(name, (1.0, 1.0), group_size=2)
-        assert algorithm.earned(RAW).shape == (4, 0) and algorithm.returns(RAW, torch.zeros(4, 3, 0)).shape == (4, 3, 0)
+        assert algorithm.earned(RAW).shape == (4, 0)
+        assert algorithm.returns(RAW, torch.zeros(4, 3, 0), slice(0, 3)).shape == (4, 3, 0)
 
 
 def test_two_processes_estimate_what_one_does(tmp_path):
@@ -371,7 +400,7 @@ class Toy:
         raw, trained = self.reward(drawn), drawn.trained_steps
         self.algorithm.observe(raw, drawn.prompts)
         advantages = self.algorithm.advantages(raw, drawn.values, trained, drawn.prompts)
-        returns = self.algorithm.returns(raw, drawn.values)[:, trained]
+        returns = self.algorithm.returns(raw, drawn.values, trained)[:, trained]
         part = Part(slice(0, SAMPLES), trained, 1.0)
         for _ in range(2):
             steps = [self.model(drawn.latents[:, k], k) for k in range(STEPS)[trained]]

@@ -362,6 +362,18 @@ ROLLOUT_KEYS = (
             id="bootstrapping from what is never learned",
         ),
         pytest.param(
+            {"algorithm": {"value_lam": 0.5}, "training": {"critic_epochs": 0}},
+            "training.critic_epochs = 0: algorithm.value_lam = 0.5 needs 1 or more: no other pass learns the values of "
+            "steps that are not trained",
+            id="targets from what is never learned",
+        ),
+        pytest.param(
+            {"critic": {"feature_dropout": 0.2, "trunk": "shared"}},
+            "critic.feature_dropout = 0.2: only critic-only passes on kept features drop any; needs critic.trunk = "
+            '"shared-detached", training.keep_features and training.critic_epochs',
+            id="dropout of features that are not kept",
+        ),
+        pytest.param(
             {"rollout": {"transition": "cps", "noise_level": 1.5}},
             'rollout.noise_level = 1.5: at most 1 for rollout.transition = "cps", whose std would exceed the noise '
             "that the latent holds",

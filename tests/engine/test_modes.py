@@ -32,7 +32,12 @@ MODES = {
     },
     "grpo, KL, stage 0": {"algorithm": GRPO | {"kl_coef": 0.5}, "zero": {"stage": 0}},
     "ddpo, prompt statistics": {"algorithm": {"name": "ddpo", "reward_statistics": "prompt"}},
-    "GRPO-Guard": {"algorithm": GRPO | {"ratio_normalization": True}, "training": {"steps_per_forward": 2}},
+    # Four samples a forward: with fewer rows than `LEAST` products of two steps at once may round otherwise.
+    "GRPO-Guard": {
+        "algorithm": GRPO | {"ratio_normalization": True},
+        "rollout": {"samples_per_iteration": 8, "micro_batch_size": 4},
+        "training": {"steps_per_forward": 2},
+    },
     "window": {"rollout": {"num_inference_steps": 4, "sde_window": {"size": 2, "every": 1}}},
     "pixels": {"critic": {"trunk": "pixels"}},
     "one head for the sum": {"critic": {"heads": "sum"}},

@@ -7,7 +7,7 @@ from latent_critic.engine.plan import Measurement, count, describe_plan, measure
 from latent_critic.engine.world import World
 
 CPU = torch.device("cpu")
-COST = Measurement(rollout=0.5, forward=0.25, training=2.0, activations=3 * 2**20)
+COST = Measurement(rollout=0.5, critic_only=0.25, training=2.0, activations=3 * 2**20)
 WORDS = "native, as ever", "shares the shards", "a graph"
 SECTIONS = {
     "rollout": {"num_inference_steps": 10, "samples_per_iteration": 48, "micro_batch_size": 4},
@@ -191,7 +191,7 @@ def test_a_model_without_values_is_measured(tiny_config, tiny_model):
     model = tiny_model(tiny_config(algorithm={"name": "grpo"}))
     inputs = torch.zeros(2, 4, 16, 16), torch.full((2,), 500.0), model.backbone.encode_prompts(["a red circle"] * 2)
     cost = measure(model, 1, 1, *inputs)
-    assert all(0 < seconds < 60 for seconds in (cost.rollout, cost.forward, cost.training))
+    assert all(0 < seconds < 60 for seconds in (cost.rollout, cost.critic_only, cost.training))
     assert cost.activations > 2 * 64 * 64 * 4 * 3  # a block's tokens at the least, in float32
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -213,5 +213,5 @@ def test_measure_counts_what_autograd_keeps_and_leaves_nothing_behind():
         cost = measure(model, 1, steps, torch.randn(200, 50, requires_grad=False))
         # Kept: the input and the prediction (200 x 50), which critic and square share, and the values (200): float32.
         assert cost.activations == steps * 4 * (2 * 200 * 50 + 200)
-        assert 0 < cost.rollout < 1 and 0 < cost.forward < 1 and 0 < cost.training < 1
+        assert 0 < cost.rollout < 1 and 0 < cost.critic_only < 1 and 0 < cost.training < 1
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -44,6 +44,7 @@ def sample(tiny_config, tiny_model):
         guidance=1.0,
         seed=SEED,
         model=None,
+        **options,
     ):
         if guidance not in models:
             models[guidance] = tiny_model(tiny_config(rollout={"guidance_scale": guidance}))
@@ -52,7 +53,7 @@ def sample(tiny_config, tiny_model):
         draw.encode = PromptCache(backbone, CPU)
         rollout = Rollout([draw.model], draw.encode, backbone.latent_shape, micro_batch_size, CPU)
         steps = schedule(backbone, transition, noise_level)
-        return rollout(PROMPTS[which], torch.arange(100, 108)[which], schedule=steps, seed=seed)
+        return rollout(PROMPTS[which], torch.arange(100, 108)[which], schedule=steps, seed=seed, **options)
 
     return draw
 
@@ -159,6 +160,21 @@ def test_ranks_together_draw_what_one_draws(sample):
     assert torch.equal(parts.table, whole.table) and torch.equal(parts.timesteps, whole.timesteps)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_features_are_those_that_the_critic_read(sample, guidance):
+    """Of each sample and step, with the prompt; what is drawn is the same, and nothing is kept unless asked for."""
+    kept, plain = (sample(guidance=guidance, keep_features=keep) for keep in (True, False))
+    assert torch.equal(kept.latents, plain.latents) and torch.equal(kept.values, plain.values)
+    assert plain.features == [] and len(kept.features) == len(sample.model.tap_indices)
+    unconditional = sample.encode([""]) if guidance > 1 else None
+    for k in range(STEPS):
+        inputs = kept.latents[:, k], kept.timesteps[k].expand(8), kept.conditioning, unconditional
+        with torch.no_grad():
+            _, _, *expected = sample.model(*inputs, with_features=True)
+        for tap, features in zip(kept.features, expected, strict=True):
+            assert torch.equal(tap[:, k], features)
+
+
 def test_seed_changes_every_sample(sample):
     difference = (sample().latents - sample(seed=SEED + 1).latents).flatten(2).abs().mean(-1)
     assert bool((difference > 0.1).all())
@@ -211,8 +227,8 @@ def test_what_cannot_be_captured_runs_from_python(sample, monkeypatch, capsys):
 
     init = DenoisingLoop.__init__
 
-    def on_a_gpu(self, *inputs):
-        init(self, *inputs[:7])
+    def on_a_gpu(self, *inputs, **options):
+        init(self, *inputs[:7], **options)
         if len(inputs) > 7 and inputs[7] != "off":
             self._capture(None)
 

@@ -61,12 +61,13 @@ class Run:
         self.guided = config.rollout.guidance_scale > 1
         self.unconditional = self.encode([""]) if self.guided else None
 
-    def sample(self, transition=None, first=0, model=None):
+    def sample(self, transition=None, first=0, model=None, keep_features=False):
         """By the sharded engine, or an unsharded model."""
         steps = schedule(self.model.backbone, transition or self.config.rollout.transition)
         count, size = self.config.rollout.samples_per_iteration, self.config.rollout.micro_batch_size
         rollout = Rollout([model or self.engine], self.encode, self.model.backbone.latent_shape, size, CPU)
-        return rollout(PROMPTS[:count], torch.arange(first, first + count), schedule=steps, seed=5)
+        indices = torch.arange(first, first + count)
+        return rollout(PROMPTS[:count], indices, schedule=steps, seed=5, keep_features=keep_features)
 
     def weights(self):
         return gather_state(self.model)
@@ -446,6 +447,62 @@ def test_critic_updates_leave_the_policy_alone(start, tiny_model):
     assert all(not torch.equal(moment, critic[key]) for key, moment in moments(run.model.critic).items())
     assert losses[-1] < 0.5 * losses[0], losses
     assert unseen_error() < 0.5 * error
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_the_critic_learns_the_same_from_features_that_were_kept(start, tiny_model, at_once):
+    """Weights to the bit and losses too, after two epochs, and no forward of the trunk."""
+    sections = {"rollout": {"micro_batch_size": 4}, "training": {"updates_per_iteration": 1}}
+    runs = [start(at_once, **sections) for _ in range(2)]
+    model = tiny_model(runs[0].config)
+    for run, keep_features in zip(runs, (False, True), strict=True):
+        trajectory = run.sample(model=model, keep_features=keep_features)
+        run.clock.read()
+        run.found = run.critic(trajectory, targets(trajectory)[1], epochs=2)
+        assert bool(run.clock._spans) != keep_features
+    assert runs[0].found == runs[1].found and same(*(run.weights() for run in runs))
+
+
+def test_dropped_features_differ_by_update_and_repeat(start, tiny_model):
+    """Unscaled where kept, nothing where dropped; a run repeats to the bit."""
+    weights = []
+    for _ in range(2):
+        run = start(critic={"feature_dropout": 0.25})
+        trajectory = run.sample(model=tiny_model(run.config), keep_features=True)
+        seen = []
+        features = run.updater._features
+
+        def watch(trajectory, part, seed, seen=seen, features=features):
+            seen.append((part, features(trajectory, part, seed)))
+            return seen[-1][1]
+
+        run.updater._features = watch
+        run.critic(trajectory, targets(trajectory)[1], epochs=2)
+        weights.append(run.weights())
+        masks = []
+        for part, taps in seen:
+            for kept, tap in zip(trajectory.features, taps, strict=True):
+                whole = kept[part.samples, part.steps].flatten(0, 1)
+                mask = tap != 0
+                torch.testing.assert_close(tap[mask], whole[mask] / 0.75, rtol=1e-6, atol=0)
+                masks.append(mask)
+        numbers = sum(mask.numel() for mask in masks)
+        dropped = 1 - sum(mask.sum().item() for mask in masks) / numbers
+        assert abs(dropped - 0.25) < 5 * (0.25 * 0.75 / numbers) ** 0.5  # five standard errors
+        by_epoch = len(masks) // 2
+        assert not any(torch.equal(a, b) for a, b in zip(masks[:by_epoch], masks[by_epoch:], strict=True))
+    assert same(*weights)
+
+
+def test_the_critic_has_a_weight_decay_of_its_own(start):
+    groups = start(optimizer={"critic_weight_decay": 0.5, "weight_decay": 0.1}).engine.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.5]
+    assert [
+        group["weight_decay"] for group in start(optimizer={"weight_decay": 0.1}).engine.optimizer.param_groups
+    ] == [
+        0.1,
+        0.1,
+    ]
 
 
 def test_a_loss_that_is_not_finite_is_refused(start, tiny_model):

@@ -533,6 +533,13 @@ class Config(_Section):
                 mistakes.append(
                     f"rollout.sde_window.size = {rollout.sde_window.size}: at most {room}, the trained steps"
                 )
+        stop, known = self.evaluation.early_stop, [reward.name for reward in (*self.rewards, *self.evaluation.rewards)]
+        if stop and stop.reward not in known:
+            near = difflib.get_close_matches(stop.reward, known, 1, 0)[0]
+            mistakes.append(
+                f"evaluation.early_stop.reward = {show(stop.reward)}: not evaluated; did you mean {show(near)}? "
+                f"Evaluated are {', '.join(known)}"
+            )
         if not any(reward.weight for reward in self.rewards):
             mistakes.append("rewards: each weight is 0; give one reward or more another weight")
         if mistakes:

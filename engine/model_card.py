@@ -10,17 +10,25 @@ from .config import Config
 
 def write_model_card(folder: Path, config: Config, run_dir: Path) -> None:
     """folder: a pipeline, or LoRA's factors. run_dir: of the run, whose evaluations are told."""
-    model, rollout, options = config.model, config.rollout, config.optimizer
-    is_hub_id = model.pretrained.count("/") == 1 and not Path(model.pretrained).exists()
+    model, recipe = config.model, describe_recipe(config)
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        base_model=model.pretrained if is_hub_id else None,
+        base_model=model.pretrained if _is_hub_id(model.pretrained) else None,
         tags=["reinforcement-learning", "latent-critic", *(["lora"] if model.lora else [])],
     )
+    lines = ["", f"# {recipe['base model']}, post-trained with latent-critic", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in recipe.items()]
+    lines += ["", *_scores(run_dir), "## Use", "", "```python", *_usage(config), "```", ""]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines)).save(folder / "README.md")
+
+
+def describe_recipe(config: Config) -> dict[str, str]:
+    """How a model was trained, in words, for people."""
+    model, rollout, options = config.model, config.rollout, config.optimizer
     trained = f"LoRA, rank {model.lora.rank}, alpha {model.lora.alpha:g}" if model.lora else "all weights"
-    recipe = {
-        "base model": model.pretrained if is_hub_id else Path(model.pretrained).name,
+    return {
+        "base model": model.pretrained if _is_hub_id(model.pretrained) else Path(model.pretrained).name,
         "trained": trained + (f", less {', '.join(model.freeze)}" if model.freeze else ""),
         "rewards": ", ".join(f"{reward.name} x {reward.weight:g}" for reward in config.rewards),
         "algorithm": _algorithm(config),
@@ -33,10 +41,10 @@ def write_model_card(folder: Path, config: Config, run_dir: Path) -> None:
         + (f", critic {options.critic_lr:g}" if config.has_critic else ""),
         "weights": f"running average, decay {config.training.ema_decay:g}" if config.training.ema_decay else "the last",
     }
-    lines = ["", f"# {recipe['base model']}, post-trained with latent-critic", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in recipe.items()]
-    lines += ["", *_scores(run_dir), "## Use", "", "```python", *_usage(config), "```", ""]
-    ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines)).save(folder / "README.md")
+
+
+def _is_hub_id(pretrained: str) -> bool:
+    return pretrained.count("/") == 1 and not Path(pretrained).exists()
 
 
 def _algorithm(config: Config) -> str:

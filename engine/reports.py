@@ -4,6 +4,7 @@ Plots are drawn from rows of `metrics.jsonl` (see metrics.py); whatever key a ro
 meaning everywhere: blue policy and training, vermilion critic, orange held-out, grey value pretraining.
 """
 
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -134,6 +135,21 @@ def _held_out_panel(rows: Rows, names: Sequence[str]) -> Callable[[Axes], None]:
     return draw
 
 
+def _monitor_panel(rows: Rows, names: Sequence[str]) -> Callable[[Axes], None]:
+    """Each relative to its first value: what tells is a drift."""
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(1, color="#888888", linewidth=0.8)
+        for i, name in enumerate(names):
+            x, y = _series(rows, f"eval/monitor/{name}")
+            if y[0]:
+                _line(axes, x, y / y[0], SERIES[i], name.replace("_", " "))
+        axes.set_ylim(0, min(axes.get_ylim()[1], 3.0))  # sharpness can grow tenfold, which would flatten the rest
+        axes.set_ylabel("relative to the first evaluation")
+
+    return draw
+
+
 def _lines_panel(rows: Rows, ylabel: str, lines: dict[str, tuple[str, str]], scale: str) -> Callable[[Axes], None]:
     """Lines: key -> (label, colour); scale: "linear", "from zero" or "log"."""
 
@@ -192,13 +208,17 @@ def _panels(rows: Rows) -> list[tuple[str, Callable[[Axes], None]]]:
     rewards = _names(rows, "reward/", "_std")
     panels = [(f"Reward: {name}", _reward_panel(rows, name)) for name in rewards]
 
-    held_out = [name for name in _names(rows, "eval/", "_stderr") if not name.startswith("explained_variance")]
+    others = ("explained_variance", "monitor/")
+    held_out = [name for name in _names(rows, "eval/", "_stderr") if not name.startswith(others)]
     held_out = [name for name in held_out if name not in rewards]
     # what lives between 0 and 1 shares an axis; other scales get their own
     shared = [name for name in held_out if all(0 <= y <= 1 for y in _series(rows, f"eval/{name}")[1])]
     if shared:
         panels.append(("Held-out scores", _held_out_panel(rows, shared)))
     panels += [(f"Held-out: {name}", _held_out_panel(rows, [name])) for name in held_out if name not in shared]
+    monitors = _names(rows, "eval/monitor/", "_stderr")
+    if monitors:
+        panels.append(("Monitors of held-out pictures", _monitor_panel(rows, monitors)))
 
     if "explained_variance" in present:
         panels.append(("Critic: explained variance", _explained_variance_panel(rows)))
@@ -232,6 +252,22 @@ def _pretraining(rows: Rows) -> tuple[float, float] | None:
     return (min(iterations) - 0.5, max(iterations) + 0.5) if iterations else None
 
 
+def _draw_panel(axes: Axes, rows: Rows, title: str, draw: Callable[[Axes], None]) -> None:
+    iterations, pretraining = [row["iteration"] for row in rows], _pretraining(rows)
+    if pretraining:
+        axes.axvspan(*pretraining, color=PRETRAINING, linewidth=0, zorder=0)
+    draw(axes)
+    axes.set_title(title)
+    axes.set_xlabel("iteration")
+    axes.set_xlim(min(iterations) - 0.5, max(iterations) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, **_WHOLE))
+    axes.yaxis.set_offset_position("right")  # on the left a power of ten collides with the title
+    labels = axes.get_legend_handles_labels()[1]
+    if len(labels) > 1:
+        ncols = 4 if len(labels) == 4 and len("".join(labels)) < 30 else 3
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=ncols, columnspacing=1.2)
+
+
 def plot_curves(rows: Rows, path: str | os.PathLike) -> None:
     """Draw a run's learning curves: rewards, held-out scores, PPO's diagnostics, losses, gradient norms, time."""
     panels = _panels(rows)
@@ -241,29 +277,29 @@ def plot_curves(rows: Rows, path: str | os.PathLike) -> None:
         figure = Figure(figsize=(4.8 * columns, 3.3 * lines + 0.3), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.09)
         grid = figure.subplots(lines, columns, squeeze=False).ravel()
-        iterations = [row["iteration"] for row in rows]
-        pretraining = _pretraining(rows)
         for axes, (title, draw) in zip(grid, panels, strict=False):
-            if pretraining:
-                axes.axvspan(*pretraining, color=PRETRAINING, linewidth=0, zorder=0)
-            draw(axes)
-            axes.set_title(title)
-            axes.set_xlabel("iteration")
-            axes.set_xlim(min(iterations) - 0.5, max(iterations) + 0.5)
-            axes.xaxis.set_major_locator(MaxNLocator(6, **_WHOLE))
-            axes.yaxis.set_offset_position("right")  # on the left a power of ten collides with the title
-            labels = axes.get_legend_handles_labels()[1]
-            if len(labels) > 1:
-                ncols = 4 if len(labels) == 4 and len("".join(labels)) < 30 else 3
-                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=ncols, columnspacing=1.2)
+            _draw_panel(axes, rows, title, draw)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         if not panels:
             figure.axes[0].text(0.5, 0.5, "no metrics yet", ha="center", va="center")
-        if pretraining and panels:
+        if panels and _pretraining(rows):
             patch = Patch(color=PRETRAINING, label="value pretraining (policy frozen)")
             figure.legend(handles=[patch], loc="outside upper right")
         figure.savefig(path)
+
+
+def panels_as_svg(rows: Rows) -> dict[str, bytes]:
+    """Each panel of `plot_curves` as an SVG file of its own, by title. Their text is text, in the reader's fonts."""
+    files = {}
+    with matplotlib.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": "latent-critic"}):
+        for title, draw in _panels(rows):
+            figure = Figure(figsize=(4.8, 3.3), layout="constrained")
+            _draw_panel(figure.subplots(), rows, title, draw)
+            file = io.BytesIO()
+            figure.savefig(file, format="svg", metadata={"Date": None})
+            files[title] = file.getvalue()
+    return files
 
 
 # ---- critic.png -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import reports
 from .actor_critic import ActorCritic
 from .advantages import mean_and_variance
 from .algorithms import build_algorithm
@@ -18,9 +17,11 @@ from .backbones.compiled import compile_blocks
 from .backbones.onednn import use_onednn
 from .checkpoint import CheckpointStore, disk_errors, export
 from .config import Config, save_config
+from .early_stop import EarlyStop
 from .ema import WeightAverage
 from .errors import UserError
 from .evaluate import Evaluation, Evaluator
+from .html_report import write_report
 from .inference_copy import InferenceCopy
 from .metrics import PRETRAINING, MetricsLogger, ProgressBar, read_metrics
 from .outcome import Outcome
@@ -30,6 +31,7 @@ from .prompt_cache import PromptCache
 from .prompts import PromptSampler, load_prompts, load_sources
 from .rewards import ConstantGuard, RewardError, build_rewards, check_prompts
 from .rollout import Rollout
+from .saved_evaluations import drop_evaluations, read_evaluations
 from .scoring import Scoring
 from .sde_window import build_schedules, place
 from .sharding import shard
@@ -98,6 +100,8 @@ class Trainer:
         self.evaluator = Evaluator(
             config, world, self.backbone, held_out, self.rewards, watched, self.algorithm, self.schedules[0]
         )
+        stop = config.evaluation.early_stop
+        self.early_stop = EarlyStop(stop) if stop else None
         self.store = CheckpointStore(run_dir, world, self.model)
 
     # -------------------------------------------------------------------------------------------------- one iteration
@@ -194,6 +198,7 @@ class Trainer:
                 self.run_dir, logging.tensorboard, logging.wandb_project, self.config.model_dump(mode="json")
             )
             log.truncate(-1 if start is None else start)
+            drop_evaluations(self.run_dir, -1 if start is None else start)
             progress = ProgressBar(total, start or 0)
         if start is None:
             first = self.evaluate(0)
@@ -208,6 +213,8 @@ class Trainer:
                 log.log(start, row | late)
         self.encode.prepare([prompt.text for prompt in self.sampler.prompts])
         for iteration in range(start or 0, total):
+            if self._stops():
+                break
             done, row = iteration, None
             try:
                 row = self.iterate(iteration)
@@ -226,11 +233,10 @@ class Trainer:
                 if row["phase"] != PRETRAINING:
                     first = (row["first_ratio"], row["first_ratio_deviation"], row["first_clipfrac"])
                     progress.explain_first_update(*first)
-            if done == total or done % training.checkpoint_every == 0:
+            if done == total or self._stops() or done % training.checkpoint_every == 0:
                 self._save(done)
         self.rollout.close()
-        with self._averaged():
-            export(self.run_dir, self.model, self.config, self.run_dir, state=self.algorithm.state_dict())
+        self._export(self.run_dir)
         if main:
             progress.close()
             log.close()
@@ -253,7 +259,19 @@ class Trainer:
         if self.world.is_main:
             settings = {**self.config.evaluation.model_dump(mode="json"), "prompts": self.config.prompts.eval}
             result.save(self._evaluation_path(iteration), settings)
+        if self.early_stop:
+            self.early_stop.observe(iteration, result.of(self.early_stop.options.reward).numpy())
+            if self.early_stop.best.iteration == iteration:
+                self._export(self.run_dir / "best")
         return result
+
+    def _stops(self) -> bool:
+        return self.early_stop is not None and self.early_stop.fired
+
+    def _export(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        with self._averaged():
+            export(folder, self.model, self.config, self.run_dir, state=self.algorithm.state_dict())
 
     def _is_evaluated(self, done: int) -> bool:
         """After the last iteration, and every so many."""
@@ -271,6 +289,8 @@ class Trainer:
     def _load(self, iteration: int) -> None:
         state, here = self.store.load(self.engine, iteration)
         self.algorithm.load_state_dict(state)
+        if self.early_stop:
+            self.early_stop = EarlyStop.over(self.early_stop.options, read_evaluations(self.run_dir, iteration))
         if self.average and here:
             self.average.load_state_dict(here)
         elif self.average:
@@ -280,7 +300,7 @@ class Trainer:
         here = self.average.state_dict() if self.average else {}
         self.store.save(self.engine, iteration, self.algorithm.state_dict(), here)
         if self.world.is_main:
-            reports.plot_curves(read_metrics(self.run_dir), self.run_dir / "curves.png")
+            write_report(self.run_dir)
 
     def _lr_scales(self, iteration: int) -> tuple[float, float]:
         """What `optimizer.lr_scheduler` makes of the learning rates, and the warm-up of the policy's."""

@@ -466,8 +466,8 @@ def test_the_report_has_every_claim_table_and_run(places):
     assert by_clock["grpo-long"] == ["0.801 +- 0.000", "0.822 +- 0.001", "-", "-"]  # it ended after 650 s
     assert by_clock["grpo-long-clock"][2:] == ["0.845 +- 0.001", "-"]  # it ended after 845 s
     planned = {cells[0]: cells[1:] for cells in rows if len(cells) == 4 and cells[0] in compared}
-    assert planned["ours-long"] == ["25,600", "2,784", "900 +- 0"] and planned["ours-long-0.95"][-1] == "-"
-    assert planned["grpo-long-clock"] == ["35,584", "2,780", "904 +- 0"]
+    assert planned["ours-long"] == ["25,600", "2,592", "900 +- 0"] and planned["ours-long-0.95"][-1] == "-"
+    assert planned["grpo-long-clock"] == ["33,280", "2,600", "845 +- 0"]
     assert list(planned) == compared
     assert "ours-7 was made with other settings: optimizer.policy_lr 1.0 (now 0.00015), and is in the last" in text
     assert row("ours-7")[1] == "0.780 -> 0.807 +- 0.009"

@@ -52,11 +52,13 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path, monkeypatch):
     """write({iteration: scores of the three prompts}, [rows], **sections): a run folder, its report's page and text.
-    The pictures of an iteration are of its grey."""
+    The pictures of an iteration are of its grey. plots: whether they are drawn, which takes a second."""
 
-    def write(scores, rows=(), side=16, **sections):
+    def write(scores, rows=(), side=16, plots=False, **sections):
+        if not plots:
+            monkeypatch.setattr(content.reports, "panels_as_svg", lambda rows: {"Reward": b"<svg/>"} if rows else {})
         run = tmp_path / "my <run>"
         (run / "evaluations").mkdir(parents=True)
         rewards = {"rewards": [{"name": "composition_strict"}, {"name": "my:<b>reward</b>"}]}
@@ -86,7 +88,7 @@ SCORES = {0: [0.0, 0.0, 1.0], 200: [1.0, 0.0, 1.0]}
 def test_the_page_is_all_there_is(write):
     """Nothing is fetched: each picture is a data URL that decodes, nothing else has a source, and no style or script
     is named that is not in the page. The page's own policy holds a browser to it, and knows its style and script."""
-    _, page, text = write(SCORES, ROWS)
+    _, page, text = write(SCORES, ROWS, plots=True)
     images = page.all("img")
     assert len(images) == 2 * 3 + 4  # two evaluations of three prompts; reward, monitors, policy change, clip fraction
     for image in images:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from latent_critic.engine import summary
+from latent_critic.engine.config import Config, save_config
 from latent_critic.engine.summary import summarize
 
 SETTINGS = {"prompts": "scenes:held-out", "num_inference_steps": 10, "guidance_scale": 1.0, "seed": 1000}
@@ -18,13 +19,17 @@ AFTER = {"dense": [0.2, 0.2, 0.5, 0.7], "composition_strict": [1.0, 0.0, 1.0, 1.
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path, monkeypatch):
     """write({iteration: scores}, [rows]): a run folder; the pictures of an iteration have its number as their grey.
 
-    has_critic: with values and rewards to compare them with.
+    has_critic: with values and rewards to compare them with. report: written too. evaluation: settings.
     """
 
-    def write(scores, rows=(), count=4, has_critic=True):
+    def write(scores, rows=(), count=4, has_critic=True, report=False, **evaluation):
+        if not report:
+            monkeypatch.setattr(summary, "write_report", lambda run_dir: None)
+        rewards = [{"name": "dense"}, {"name": "composition_strict"}]
+        save_config(Config.model_validate({"rewards": rewards, "evaluation": evaluation}), tmp_path / "config.json")
         (tmp_path / "evaluations").mkdir()
         for iteration, columns in scores.items():
             path = tmp_path / "evaluations" / f"iteration-{iteration:06d}"
@@ -105,3 +110,24 @@ def test_a_lora_run_has_factors(write):
 def test_a_run_of_one_evaluation_compares_it_with_itself(write):
     lines = summarize(write({0: BEFORE})).splitlines()
     assert lines[2].split() == ["dense", "0.2500", "->", "0.2500", "(+0.0000", "+-", "0.0000)"]
+
+
+def test_the_early_stop_has_its_say(write):
+    """Differences to the best, 0.1 0 0.2 0.3 and then 0.9 less the scores before: in either case two in a row."""
+    stop = {"reward": "dense", "min_fall": 2.0}
+    run_dir = write({0: BEFORE, 9: BETWEEN, 10: AFTER, 11: BEFORE}, early_stop=stop)
+    (run_dir / "best").mkdir()
+    (line,) = (line for line in summarize(run_dir).splitlines() if line.startswith("early stop"))
+    # From 0.25 to 0.9 a gain of 0.65. The last is 0.65 below, by .8 .7 .6 .5: an error of sqrt(.05 / 3 / 4) = 0.0645.
+    assert line == (
+        "early stop: fired after iteration 11: held-out dense is 0.6500 +- 0.0645 below its best, 100% of what it had "
+        "gained; best is iteration 9 (dense 0.9000), kept in best/"
+    )
+
+
+def test_there_is_a_report(write):
+    run_dir = write({0: BEFORE, 10: AFTER}, report=True)
+    text = summarize(run_dir)
+    assert f"report:     {run_dir}/report.html\n" in text and "early stop" not in text
+    page = (run_dir / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "+0.1500 ± 0.0645" in page and "What the critic knows" in page

@@ -57,7 +57,8 @@ def test_two_ranks_under_the_launcher(tiny_pipeline, tmp_path):
     assert lines[0] == "latent-critic: run"
     names = [line.split()[0].rstrip(":") for line in lines[1:] if line]
     plan = ["model", "device", "sampling", "iteration", "rewards", "rollout", "attention", "memory", "length"]
-    summary = ["held-out", "tiny_rewards:brightness", "overhead", "pictures", "metrics", "model", "checkpoint"]
+    summary = ["held-out", "tiny_rewards:brightness", "overhead"]
+    summary += ["report", "pictures", "metrics", "model", "checkpoint"]
     assert names == plan + summary
     assert "2 x CPU, DeepSpeed ZeRO stage 3" in lines[2]
     assert re.fullmatch(
@@ -69,10 +70,11 @@ def test_two_ranks_under_the_launcher(tiny_pipeline, tmp_path):
     run_dir = tmp_path / "run"
     assert sorted(path.name for path in run_dir.iterdir()) == [
         *("checkpoints", "comparison.png", "config.json", "critic.png", "critic.safetensors", "curves.png"),
-        *("evaluations", "metrics.jsonl", "pipeline", "samples_after.png", "samples_before.png", "tensorboard"),
+        *("evaluations", "metrics.jsonl", "pipeline", "report.html"),
+        *("samples_after.png", "samples_before.png", "tensorboard"),
     ]
     assert sorted(path.name for path in (run_dir / "evaluations").iterdir()) == [
-        f"iteration-00000{i}.{kind}" for i in (0, 2) for kind in ("json", "npz")
+        f"iteration-00000{i}.{kind}" for i in (0, 2) for kind in ("json", "npz", "png")
     ]
     assert not (tmp_path / "extensions").exists()  # nothing was compiled
 

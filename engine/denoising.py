@@ -131,7 +131,8 @@ class DenoisingLoop:
     def _predict(self, z: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
         """Prediction and values, and features if they are kept."""
         inputs = z, timestep.expand(self.size), self.conditioning, self.unconditional
-        return self.model(*inputs, guidance_scale=self.guidance_scale, with_features=self.keep_features)
+        options = {"with_features": True} if self.keep_features else {}
+        return self.model(*inputs, guidance_scale=self.guidance_scale, **options)
 
     def _select(self, z: Tensor, v: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The samples that go on, latents and predictions: here each."""

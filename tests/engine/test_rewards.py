@@ -16,6 +16,7 @@ from latent_critic.engine import rewards
 from latent_critic.engine.config import RewardConfig
 from latent_critic.engine.embedded import scenes
 from latent_critic.engine.errors import UserError
+from latent_critic.engine.prompts import Prompt
 from latent_critic.engine.rewards import (
     ANY_VALUE,
     BUILT_IN,
@@ -304,7 +305,7 @@ def test_the_readme_lists_every_reward_and_its_example_works(tmp_path, monkeypat
     flat, striped = judge(sharpness, images, ["a", "b"], [{}, {}]).values
     assert flat == 0 < striped <= 1
     with pytest.raises(UserError, match="'my_scorer:Sharpness' judges what a prompt says, and this one is empty"):
-        check_prompts([sharpness], ["a", ""])
+        check_prompts([sharpness], [Prompt("a"), Prompt("")])
 
 
 def test_a_class_is_built_once_and_says_what_it_takes(tmp_path, monkeypatch):
@@ -334,7 +335,7 @@ class Judge:
         [0, 0, 1], dtype=torch.uint8
     )
     found = judge(built, images, ["a", "b", "c"], [{"n": n} for n in range(3)])
-    check_prompts([built], ["anything"])  # it does not mind
+    check_prompts([built], [Prompt("anything")])  # it does not mind
     assert (found.values.tolist(), module.Judge.built) == ([3, 1, 4], 1)
     assert {name: column.tolist() for name, column in found.extras.items()} == {"batch": [2, 2, 1], "cpu": [0, 1, 2]}
     assert built.value_range == (0, 255) and built.is_elsewhere
@@ -432,14 +433,14 @@ def test_extras_of_batches_are_joined_and_gaps_are_nan():
 
 def test_prompts_that_a_reward_cannot_judge_are_named_before_a_run(reader):
     scene = build_rewards([config("composition"), config("background")])
-    check_prompts(scene, ["a red circle", "two blue crosses"])
-    check_prompts(reader, ['a sign that says "open"'])
-    with pytest.raises(UserError, match="prompt 'a dog' is not a scene caption"):
-        check_prompts(scene, ["a red circle", "a dog"])
+    check_prompts(scene, [Prompt("a red circle"), Prompt("two blue crosses")])
+    check_prompts(reader, [Prompt('a sign that says "open"')])
+    with pytest.raises(UserError, match="x.txt:2: prompt 'a dog' is not a scene caption"):
+        check_prompts(scene, [Prompt("a red circle"), Prompt("a dog", source="x.txt:2")])
     with pytest.raises(
         UserError, match="'ocr' needs the text to draw in double quotes; prompt 'a red circle' has none"
     ):
-        check_prompts(reader, ["a red circle"])
+        check_prompts(reader, [Prompt("a red circle")])
     with pytest.raises(UserError, match="'ocr' needs the text"):
         score_all(reader, torch.zeros(1, 64, 64, 3, dtype=torch.uint8), ["a red circle"], [{}])
 

@@ -135,7 +135,10 @@ def test_steered_by_the_runs_critic(run, draw, tmp_path):
     best, _, bon = steered("--steer", "bon", "--particles", "3")
     first = [chosen == 0 for chosen in bon["chosen"]]
     assert torch.equal(best[first], images[first])
-    assert [row[0] for row in bon["potentials"]] == pytest.approx([row[0] for row in about["potentials"]])
+    assert [row[0] for row in bon["potentials"]] == pytest.approx(
+        [row[0] for row in about["potentials"]],
+        rel=1e-4,  # batches of other sizes round otherwise
+    )
     assert bon["cost"]["forwards"] == 3 * about["cost"]["forwards"] and bon["cost"]["backwards"] == 0
     both, _, guided = steered("--steer", "guidance+smc", "--scale", "3", "--window", "1:", "--resample_every", "2")
     assert guided["guidance"] == {"scale": 3.0, "start": 1, "end": None, "normalize": False}

@@ -57,8 +57,16 @@ def steerer(run, **options) -> Steerer:
     return Steerer(backbone, load_critic(run.critic, backbone), CPU, **options)
 
 
+def near(left, right):
+    """But for rounding: some CPUs round products of fewer than four rows (`LEAST`) in another way than larger ones'.
+    Latents and values are of order 5, and six steps carry a few units in the last place on; levels of a picture are
+    whole numbers."""
+    apart = (left.double() - right.double()).abs()
+    return bool((apart <= (1 if left.dtype == torch.uint8 else 1e-4)).all())
+
+
 def test_without_steering_it_is_a_rollout(run):
-    """To the bit, in batches of any size; and so is guidance of scale 0."""
+    """To the bit, and near in batches of another size; so is guidance of scale 0."""
     model = run.model
     rollout = Rollout([model], PromptCache(model.backbone, CPU), model.backbone.latent_shape, 3, CPU)
     options = run.config.rollout
@@ -68,8 +76,9 @@ def test_without_steering_it_is_a_rollout(run):
     assert torch.equal(found.latents, expected.latents[:, -1])
     assert torch.equal(found.values, expected.values)
     assert torch.equal(found.images, model.backbone.decode(found.latents))
-    for others in (draw(run, batch_size=2), draw(run, guidance=Guidance(0.0))):
-        assert torch.equal(others.latents, found.latents) and torch.equal(others.images, found.images)
+    guided, others = draw(run, guidance=Guidance(0.0)), draw(run, batch_size=2)
+    assert torch.equal(guided.latents, found.latents) and torch.equal(guided.images, found.images)
+    assert near(others.latents, found.latents) and near(others.images, found.images)
     assert (found.cost.forwards, found.cost.backwards, found.cost.decoded) == (18, 0, 3)
 
 
@@ -147,13 +156,13 @@ def test_best_of_n(run):
     """Every particle is a sample of its own, the first the unsteered one; the best by value is kept."""
     plain, best = draw(run), draw(run, particles=BestOfN(4), batch_size=5)
     assert torch.equal(best.potentials.argmax(1), best.chosen) and best.potentials.std(1).min() > 0
-    assert torch.equal(best.potentials[:, 0], plain.potentials[:, 0])
+    assert near(best.potentials[:, 0], plain.potentials[:, 0])
     first = best.chosen == 0
-    assert torch.equal(best.latents[first], plain.latents[first])
+    assert near(best.latents[first], plain.latents[first])
     pruned = draw(run, particles=BestOfN(4, prune={1: 2, 3: 1}), batch_size=12)
     assert pruned.cost.forwards == 3 * (2 * 4 + 2 * 2 + 2 * 1) and pruned.potentials.shape == (3, 1)
     every = draw(run, particles=BestOfN(4), batch_size=4).potentials
-    assert all(value in row for row, value in zip(every, pruned.potentials[:, 0], strict=True))
+    assert all((row - value).abs().min() < 1e-4 for row, value in zip(every, pruned.potentials[:, 0], strict=True))
 
 
 def test_best_of_n_by_reward(run):

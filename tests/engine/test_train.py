@@ -146,7 +146,7 @@ def refused(folder: Path, *flags: str, started: bool = False) -> str:
         ({"prompts": {"eval": "empty.txt"}}, r"empty\.txt: holds no prompt; give one or more"),
         ({"prompts": {"train": "scenes:trian"}}, r"trian"),
         ({"rewards": [{"name": "compositon"}]}, r"unknown reward 'compositon'; did you mean 'composition'\?"),
-        ({"rewards": [{"name": "tiny_rewards:brightnes"}]}, r"tiny_rewards.* has no function 'brightnes'"),
+        ({"rewards": [{"name": "tiny_rewards:brightnes"}]}, r"tiny_rewards.* has no function or class 'brightnes'"),
         (
             {"model": {"pretrained": "models/gone"}},
             r"model\.pretrained: 'models/gone' is no local folder and could not be ",

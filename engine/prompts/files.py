@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from .geneval import check_geneval
 from .prompt import Prompt, prompt_text
 
 
@@ -69,5 +68,4 @@ def _parse_json(line: str, source: str) -> Prompt:
     if "prompt" not in item:
         raise ValueError('no key "prompt"' + (f"; the keys are {', '.join(item)}" if item else ""))
     text = prompt_text(item.pop("prompt"), "prompt")
-    check_geneval(item)
     return Prompt(text, item, source)

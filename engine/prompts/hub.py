@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .geneval import check_geneval
 from .prompt import Prompt, prompt_text
 
 
@@ -31,7 +30,6 @@ def load_dataset(source: str) -> list[Prompt]:
         metadata = _without_nulls(row)
         try:
             text = prompt_text(metadata.pop(column, None), column)
-            check_geneval(metadata)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
         prompts.append(Prompt(text, metadata, where))

@@ -24,7 +24,7 @@ def load_prompts(source: str) -> list[Prompt]:
 
     "scenes:train", "scenes:held-out": the embedded world's, or those of some tasks: "scenes:train:counting+position";
     FILE.txt: a prompt a line;
-    FILE.jsonl: a line {"prompt": str, ...metadata}; `include` and `exclude` are GenEval's;
+    FILE.jsonl: a line {"prompt": str, ...metadata}, as in GenEval's files;
     FILE.csv, FILE.tsv: a header and records, the text in the column `prompt`, or in another with FILE.csv:COLUMN;
     hf:NAME, hf:NAME:SPLIT, hf:NAME:SPLIT:COLUMN: a data set by hub id or folder (split `train`, column `prompt`).
 

@@ -49,9 +49,6 @@ class Aesthetic:
         embeddings = self._projection(self._tower(pixel_values=pixels).pooler_output)
         return self._head(normalize(embeddings.float()))[:, 0].tolist()
 
-    def check_prompt(self, prompt: str) -> None:
-        """Any prompt will do."""
-
 
 def linear_head(width: int) -> nn.Sequential:
     """[N, width] -> [N, 1] by five linear layers with nothing between them, numbered as in LAION's checkpoints."""

@@ -42,9 +42,6 @@ class Background:
         beyond = np.maximum(0, cdist(found / UNITS, drawn / UNITS).min(axis=1) - usual)
         return np.minimum(1, share / MIN_SHARE) / (1 + (beyond / HALF_DISTANCE) ** 2)
 
-    def check_prompt(self, prompt: str) -> None:
-        """Any prompt will do."""
-
 
 def statistics(pictures: np.ndarray, with_text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The six statistics [N, 6] and the share of the picture they are about [N], of uint8 [N, H, W, 3] pictures.

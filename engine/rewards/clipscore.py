@@ -23,6 +23,3 @@ class ClipScore:
         """images: uint8 [N, H, W, 3]."""
         cosines = self._judge.cosines(crop(images, self._judge.side), prompts)
         return (self._judge.scale * cosines / 100).tolist()
-
-    def check_prompt(self, prompt: str) -> None:
-        """Any prompt will do; what is beyond 77 tokens is not read."""

@@ -1,6 +1,6 @@
 """Does the picture show what its caption says? The embedded world's checker as a reward."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +19,7 @@ class Composition:
         """images: uint8 [N, 64, 64, 3]; prompts: scene captions. UserError for another size or another text."""
         return [self._value(found) for found in self._judge(images, prompts)]
 
-    def check_prompt(self, prompt: str) -> None:
+    def check_prompt(self, prompt: str, metadata: Mapping) -> None:
         scenes.parse(prompt)
 
     def _value(self, found: checker.Score) -> float:

@@ -91,8 +91,8 @@ class GenEval:
         scores = {name: [score(*pair, self.thresholds) for pair in judged] for name, score in SCORES.items()}
         return scores.pop(self._score), scores
 
-    def check_prompt(self, prompt: str) -> None:
-        """Any text will do: the metadata say what to look for."""
+    def check_prompt(self, prompt: str, metadata: Mapping) -> None:
+        read_task(prompt, metadata)
 
 
 class Detector:

@@ -66,9 +66,6 @@ class HPSv2:
         texts = [unescape(unescape(prompt)) for prompt in prompts]
         return self._judge.cosines(fit(images.to(self._judge.device), self._judge.side), texts).tolist()
 
-    def check_prompt(self, prompt: str) -> None:
-        """Any prompt will do; what is beyond 77 tokens is not read."""
-
 
 def fit(images: Tensor, side: int) -> Tensor:
     """uint8 [N, H, W, 3] as float32 [N, 3, side, side]: the longer side resized to `side` (bicubic and antialiased, in

@@ -72,9 +72,6 @@ class ImageReward:
         raw = self._blip(pixels.to(self._device, self._dtype), tokens["input_ids"], tokens["attention_mask"])
         return ((raw - MEAN) / STD).tolist()
 
-    def check_prompt(self, prompt: str) -> None:
-        """Any prompt will do; what is beyond 35 tokens is not read."""
-
 
 class _Blip(nn.Module):
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig):

@@ -26,9 +26,6 @@ class JpegCompressibility:
         """images: uint8 [N, H, W, 3]."""
         return [-_kilobytes(image) for image in np.asarray(images)]
 
-    def check_prompt(self, prompt: str) -> None:
-        """Any prompt will do."""
-
 
 class JpegIncompressibility(JpegCompressibility):
     """The size in kB: detailed or noisy pictures win."""

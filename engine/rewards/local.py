@@ -74,10 +74,10 @@ def _reward(name: str, about: Any, score: Callable) -> Reward:
         raise UserError(f'reward {name!r}: its attribute `images` must be "uint8" or "pil", not {kind!r}')
     check = getattr(about, "check_prompt", None)
 
-    def check_prompts(prompts: Sequence[str]) -> None:
+    def check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping]) -> None:
         if check is not None:
-            for prompt in prompts:
-                check(prompt)
+            for prompt, known in zip(prompts, metadata, strict=True):
+                check(prompt, known)
 
     def score_pil(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping]) -> Any:
         return score([Image.fromarray(image) for image in images.numpy()], prompts, metadata)

@@ -6,7 +6,7 @@ reads one line of text, so the line's place is a param instead of a second, ten 
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ class Ocr:
         targets = [quoted_text(prompt) for prompt in prompts]
         return [similarity(read, target) for read, target in zip(self.read(images), targets, strict=True)]
 
-    def check_prompt(self, prompt: str) -> None:
+    def check_prompt(self, prompt: str, metadata: Mapping) -> None:
         quoted_text(prompt)
 
     def read(self, images: Tensor | np.ndarray) -> list[str]:

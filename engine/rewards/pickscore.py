@@ -31,6 +31,3 @@ class PickScore:
         """images: uint8 [N, H, W, 3]."""
         cosines = self._judge.cosines(crop(images, self._judge.side), prompts)
         return (self._judge.scale * cosines / DIVISOR).tolist()
-
-    def check_prompt(self, prompt: str) -> None:
-        """Any prompt will do; what is beyond 77 tokens is not read."""

@@ -46,8 +46,8 @@ class Pool:
         parts = [Scores(torch.from_numpy(values), _tensors(extras)) for values, extras in found]
         return tuple(join(parts))
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        self._all(_check_prompts, [(list(prompts),)])
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping]) -> None:
+        self._all(_check_prompts, [(prompts, metadata)])
 
     def _all(self, task: Callable, arguments: Sequence[tuple]) -> list:
         try:
@@ -108,8 +108,8 @@ def _value_range() -> tuple[float, float]:
     return _reward().value_range
 
 
-def _check_prompts(prompts: Sequence[str]) -> None:
-    _reward().check_prompts(prompts)
+def _check_prompts(prompts: Sequence[str], metadata: Sequence[Mapping]) -> None:
+    _reward().check_prompts(prompts, metadata)
 
 
 def _judge(pictures: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping]) -> tuple:

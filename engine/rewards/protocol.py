@@ -33,8 +33,8 @@ class Scorer(Protocol):
         Extras are only logged, by their means. One that is NaN says nothing of that picture and is left out.
         """
 
-    def check_prompt(self, prompt: str) -> Any:
-        """Raises UserError for a prompt that it cannot judge."""
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> Any:
+        """Raises UserError for a prompt that it cannot judge, quoting it as `{prompt!r}`."""
 
 
 class RewardConfig(Protocol):
@@ -59,7 +59,8 @@ class Reward:
     weight: float
     value_range: tuple[float, float]
     score: Callable[[Tensor, Sequence[str], Sequence[Mapping]], Any]  # uint8 [N, H, W, 3] -> as Scorer.score
-    check_prompts: Callable[[Sequence[str]], Any]  # raises UserError for one that this reward cannot judge
+    # N prompts and their metadata; raises UserError for one that this reward cannot judge.
+    check_prompts: Callable[[Sequence[str], Sequence[Mapping]], Any]
     batch_size: int | None = None  # pictures in one call, at most
     is_elsewhere: bool = False  # who calls `score` waits for another process or machine
     stop_if_constant: int | None = CONSTANT_LIMIT  # iterations in a row

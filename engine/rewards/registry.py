@@ -1,5 +1,6 @@
 """From a config's `rewards` to rewards that score."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -24,15 +25,27 @@ def build_rewards(configs: Iterable[RewardConfig]) -> list[Reward]:
 def check_prompts(rewards: Sequence[Reward], prompts: Iterable[Prompt]) -> None:
     """UserError for the first prompt that one of the rewards cannot judge, and where it is written: before a run, not
     in its middle."""
-    places: dict[str, str] = {}
-    for prompt in prompts:
-        places.setdefault(prompt.text, prompt.source)
+    different = {(prompt.text, json.dumps(prompt.metadata, sort_keys=True)): prompt for prompt in prompts}.values()
     for reward in rewards:
         try:
-            reward.check_prompts(list(places))
+            _check(reward, different)
         except UserError as error:  # it quotes the prompt, unless it is not about one
-            place = next((place for text, place in places.items() if place and repr(text) in str(error)), None)
+            quoted = [prompt for prompt in different if prompt.source and repr(prompt.text) in str(error)]
+            place = next((prompt.source for prompt in quoted if _refuses(reward, prompt)), None)
             raise type(error)(f"{place}: {error}" if place else str(error)) from error
+
+
+def _check(reward: Reward, prompts: Iterable[Prompt]) -> None:
+    reward.check_prompts([prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
+
+
+def _refuses(reward: Reward, prompt: Prompt) -> bool:
+    """The same text may be judged with other metadata."""
+    try:
+        _check(reward, [prompt])
+    except UserError:
+        return True
+    return False
 
 
 def _build(config: RewardConfig) -> Reward:

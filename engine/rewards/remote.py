@@ -56,9 +56,10 @@ class Client:
         except (TypeError, KeyError, AttributeError):
             raise RewardError(f"reward {self._name!r}: {self._url} answers no scores but {str(found)[:200]}") from None
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping]) -> None:
         for first in range(0, len(prompts), CHECKED):
-            self.ask("POST", "/check", wire.pack_prompts(prompts[first : first + CHECKED]))
+            cut = slice(first, first + CHECKED)
+            self.ask("POST", "/check", wire.pack_prompts(prompts[cut], metadata[cut]))
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> Any:
         """What the server answers, from JSON. RewardError where it refuses, fails, or stays away too long."""

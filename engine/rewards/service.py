@@ -53,8 +53,7 @@ class Service:
 
     async def _check(self, request: Request) -> Response:
         async with self._admitted(request) as body:
-            prompts = wire.unpack_prompts(body)
-            await self._in_turn(self._reward.check_prompts, prompts)
+            await self._in_turn(self._reward.check_prompts, *wire.unpack_prompts(body))
         return JSONResponse({})
 
     async def _score(self, request: Request) -> Response:

@@ -92,9 +92,6 @@ class VlmJudge:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # of those not yet asked, once one has failed
 
-    def check_prompt(self, prompt: str) -> None:
-        """Any prompt will do."""
-
     def _question(self, picture: np.ndarray, prompt: str) -> dict:
         with io.BytesIO() as file:
             Image.fromarray(picture).save(file, format="PNG")

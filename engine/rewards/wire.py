@@ -1,7 +1,7 @@
 """What client and server of a reward tell each other: JSON, with pictures as PNG in base64. Never pickle.
 
     GET  /health  -> {"reward": name, "value_range": [low or null, high or null]}
-    POST /check   {"prompts": [N strings]} -> {}, or 422 for one that the reward cannot judge
+    POST /check   {"prompts": [N strings], "metadata": [N objects]} -> {}, or 422 for one that the reward cannot judge
     POST /score   {"prompts": [N strings], "metadata": [N objects], "images": [N strings]}
                   -> {"scores": [N numbers], "extras": {name: [N numbers or null]}}
 
@@ -46,10 +46,10 @@ class Limits:
 class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     prompts: list[str]
+    metadata: list[dict[str, Any]]
 
 
 class _AskedToScore(_Asked):
-    metadata: list[dict[str, Any]]
     images: list[str]
 
 
@@ -66,11 +66,8 @@ def unpack(body: bytes | bytearray, limits: Limits) -> tuple[Tensor, list[str], 
     """
     asked = _validated(_AskedToScore, body)
     count = len(asked.images)
-    if not count or not count == len(asked.prompts) == len(asked.metadata):
-        raise Refused(
-            422,
-            f"{count} images, {len(asked.prompts)} prompts, {len(asked.metadata)} metadata: it must be as many of each",
-        )
+    if not count or count != len(asked.prompts):
+        raise Refused(422, f"{count} images, {len(asked.prompts)} prompts: it must be as many of each, 1 or more")
     if count > limits.images:
         raise Refused(413, f"{count} images: at most {limits.images} in a request")
     opened = [_open(number, text, limits) for number, text in enumerate(asked.images)]
@@ -83,14 +80,15 @@ def unpack(body: bytes | bytearray, limits: Limits) -> tuple[Tensor, list[str], 
     return torch.from_numpy(pictures), asked.prompts, asked.metadata
 
 
-def pack_prompts(prompts: Sequence[str]) -> bytes:
+def pack_prompts(prompts: Sequence[str], metadata: Sequence[Mapping]) -> bytes:
     """The body of /check."""
-    return json.dumps({"prompts": list(prompts)}).encode()
+    return json.dumps({"prompts": list(prompts), "metadata": list(metadata)}).encode()
 
 
-def unpack_prompts(body: bytes | bytearray) -> list[str]:
-    """Those of a body of /check, or Refused."""
-    return _validated(_Asked, body).prompts
+def unpack_prompts(body: bytes | bytearray) -> tuple[list[str], list[dict]]:
+    """Prompts and metadata of a body of /check, or Refused."""
+    asked = _validated(_Asked, body)
+    return asked.prompts, asked.metadata
 
 
 def answer(scores: Scores) -> dict:
@@ -107,13 +105,17 @@ def read_answer(found: Mapping[str, Any]) -> tuple[list[float], dict[str, list[f
 
 def _validated(schema: type[_Asked], body: bytes | bytearray) -> Any:
     try:
-        return schema.model_validate_json(body)
+        asked = schema.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         if first["type"] == "json_invalid":
             raise Refused(400, f"the body is not JSON: {first['ctx']['error']}") from None
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
         raise Refused(422, f"{where.removeprefix('.') or 'the body'}: {first['msg']}") from None
+    if len(asked.prompts) != len(asked.metadata):
+        counts = f"{len(asked.prompts)} prompts, {len(asked.metadata)} metadata"
+        raise Refused(422, f"{counts}: it must be as many of each")
+    return asked
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -131,7 +131,7 @@ def go_through_a_pool(reward: dict, images: list, prompts: list[str], metadata: 
         seen[call] = {"values": values.tolist(), **{name: column.tolist() for name, column in extras.items()}}
     for what, call in {
         "raised": lambda: judge(built, pictures, prompts, [*metadata[:-1], {}]),
-        "checked": lambda: built.check_prompts([*prompts, "x"]),
+        "checked": lambda: built.check_prompts([*prompts, "x"], [*metadata, {"n": 7}]),
         "killed": lambda: judge(built, pictures[:1], ["die"], metadata[:1]),
         "afterwards": lambda: judge(built, pictures[:1], prompts[:1], metadata[:1]),
     }.items():

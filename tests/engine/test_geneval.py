@@ -12,9 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
 
+from latent_critic.engine.config import RewardConfig
 from latent_critic.engine.embedded import train_tiny_dit as tiny
 from latent_critic.engine.errors import UserError
-from latent_critic.engine.rewards import geneval
+from latent_critic.engine.prompts import load_prompts
+from latent_critic.engine.rewards import build_rewards, check_prompts, geneval
 from latent_critic.engine.rewards import geneval_rules as rules
 from latent_critic.engine.rewards.geneval_rules import CLASSES, COLORS, Found, Thresholds
 
@@ -286,6 +288,18 @@ def test_metadata_that_cannot_be_judged_are_named(metadata, message):
 def test_the_example_of_the_errors_is_right():
     example = json.loads(rules.EXAMPLE)
     assert rules.read_task(example.pop("prompt"), example).include[1].position == ("right of", 0)
+
+
+def test_a_line_that_cannot_be_judged_is_named_before_a_run(mask2former, clip, tmp_path):
+    """Though another line has the same text."""
+    lines = [{"prompt": "cats", "tag": "counting", "include": [{"class": "cat", "count": n}]} for n in (2, 3, 0)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = load_prompts(f"{tmp_path}/p.jsonl")
+    scorers = build_rewards([RewardConfig(name="geneval", params={"detector": mask2former, "clip": clip})])
+    check_prompts(scorers, prompts[:2])
+    expected = r"p.jsonl:3: reward 'geneval' cannot judge prompt 'cats': include\[0\].count: Input should be greater"
+    with pytest.raises(UserError, match=expected):
+        check_prompts(scorers, prompts)
 
 
 # ------------------------------------------------------------------------------------------------------------- models

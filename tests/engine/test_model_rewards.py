@@ -194,7 +194,6 @@ def test_no_gradient_is_kept_and_any_prompt_will_do(rewards, name):
         parts = [judge._clip]
     assert parts and not any(part.training for part in parts)
     assert not any(parameter.requires_grad for part in parts for parameter in part.parameters())
-    rewards[name].check_prompt("")
     assert np.isfinite(scores(rewards[name], PICTURES[:1], [""])).all()
 
 

@@ -43,11 +43,11 @@ class Judge:
         extras["metadata"] = [m["n"] / len(p) for p, m in zip(prompts, metadata)]
         return images[:, 0, 0, 0].float() * self.scale, extras
 
-    def check_prompt(self, prompt):
+    def check_prompt(self, prompt, metadata):
         from latent_critic.engine.errors import UserError
 
         if prompt == "x":
-            raise UserError("no x")
+            raise UserError(f"no x with {metadata['n']}")
 
 
 class Broken(Judge):
@@ -109,7 +109,7 @@ def test_rewards_are_imported_without_the_models_of_others(seen):
 
 def test_errors_are_those_of_one_process(seen):
     assert seen["raised"].startswith("RewardError: reward 'pooled:Judge' failed on prompt 'e': KeyError: 'n', at ")
-    assert seen["checked"] == "UserError: no x"
+    assert seen["checked"] == "UserError: no x with 7"
 
 
 def test_a_killed_process_is_told_with_the_name_of_its_reward(seen):
@@ -130,7 +130,7 @@ def test_what_building_raises_comes_with_the_first_task(tmp_path, monkeypatch):
     monkeypatch.setattr(pool.signal, "signal", lambda *_: None)
     monkeypatch.setattr(pool, "_built", None)
     pool._start("pooled_too:Broken", {}, "cpu")
-    for task in (pool._value_range, lambda: pool._check_prompts(["a"])):
+    for task in (pool._value_range, lambda: pool._check_prompts(["a"], [{}])):
         with pytest.raises(UserError, match="'pooled_too:Broken' could not be built: OSError: no weights, at .*too.py"):
             task()
     assert watching.wait(PATIENCE)

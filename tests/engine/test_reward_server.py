@@ -45,7 +45,7 @@ from .reward_processes import MB, PATIENCE, Served, served_here, wait_until
 TOKEN = "open sesame"
 
 
-def reward(score, value_range=ANY_VALUE, check=lambda prompts: None, name="r"):
+def reward(score, value_range=ANY_VALUE, check=lambda prompts, metadata: None, name="r"):
     return Reward(name, 1.0, value_range, score, check)
 
 
@@ -173,8 +173,8 @@ def test_a_full_queue_says_when_to_come_again():
 
 
 def test_prompts_are_checked_by_the_server_before_a_run(monkeypatch):
-    def check(prompts):
-        seen.append(prompts)
+    def check(prompts, metadata):
+        seen.append((prompts, metadata))
         if "a dog" in prompts:
             raise UserError("no dogs")
 
@@ -183,8 +183,8 @@ def test_prompts_are_checked_by_the_server_before_a_run(monkeypatch):
     with served_here(reward(number, check=check)) as url:
         (there,) = build_rewards([RewardConfig(name="r", url=url)])
         with pytest.raises(RewardError, match=f"^reward 'r': {url} answers HTTP 422: no dogs$"):
-            there.check_prompts(["a cat", "a cow", "a pig", "a dog", "a hen"])
-        assert seen == [["a cat", "a cow"], ["a pig", "a dog"]]
+            there.check_prompts(["a cat", "a cow", "a pig", "a dog", "a hen"], [{"legs": 4}] * 4 + [{"legs": 2}])
+        assert seen == [(["a cat", "a cow"], [{"legs": 4}] * 2), (["a pig", "a dog"], [{"legs": 4}] * 2)]
         with pytest.raises(UserError, match=f"^reward 's': {url} serves the reward 'r'; give that name, or another"):
             build_rewards([RewardConfig(name="s", url=url)])
 
@@ -232,7 +232,7 @@ def guarded():
         pytest.param({"prompts": ["p"], "images": []}, 422, "metadata: Field required", id="no metadata"),
         pytest.param(asked(png(), prompts=[7]), 422, r"prompts\[0\]: .* string", id="a number for a prompt"),
         pytest.param(asked(png(), seed=1), 422, "seed: Extra", id="unknown key"),
-        pytest.param(asked(png(), prompts=[]), 422, "1 images, 0 prompts, 1 metadata", id="fewer prompts"),
+        pytest.param(asked(png(), prompts=[]), 422, "0 prompts, 1 metadata: it must be", id="fewer prompts"),
         pytest.param(asked(), 422, "0 images", id="no picture"),
         pytest.param(asked(images=["???"], prompts=["p"], metadata=[{}]), 422, "not base64", id="no base64"),
         pytest.param(asked(b"GIF89a"), 422, r"images\[0\] is not a PNG", id="no PNG"),
@@ -458,7 +458,7 @@ def test_a_failure_that_passes(told, monkeypatch):
 def test_the_token_comes_from_the_environment(guarded, monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, "wrong")
     with pytest.raises(RewardError, match=f"HTTP 401: wrong or missing token; .* variable {TOKEN_VARIABLE}"):
-        build_remote("r", guarded, 60).check_prompts(["p"])
+        build_remote("r", guarded, 60).check_prompts(["p"], [{}])
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # which nobody answers at: it is not asked
     assert score_all([build_remote("r", guarded, 60)], pictures(7), ["p"], [{}]).tolist() == [[0]]

@@ -411,7 +411,7 @@ def test_lists_arrays_and_tensors_are_scores(custom, body):
     ],
 )
 def test_scores_beyond_the_declared_range(value, value_range, message):
-    reward = Reward("r", 1.0, value_range, lambda images, *_: [0.0, 0.0, value], lambda prompts: None)
+    reward = Reward("r", 1.0, value_range, lambda images, *_: [0.0, 0.0, value], lambda prompts, metadata: None)
     given = torch.zeros(3, 8, 8, 3, dtype=torch.uint8), ["a", "b", "c"], [{}] * 3
     if message is None:  # a rounding beyond it is none
         assert judge(reward, *given).values[2].item() == pytest.approx(value, rel=1e-6)
@@ -424,7 +424,7 @@ def test_extras_of_batches_are_joined_and_gaps_are_nan():
     def score(images, prompts, metadata):
         return [len(prompts)] * len(prompts), {prompts[0]: [7.0] * len(prompts)}
 
-    reward = Reward("r", 1.0, ANY_VALUE, score, lambda prompts: None, batch_size=2)
+    reward = Reward("r", 1.0, ANY_VALUE, score, lambda prompts, metadata: None, batch_size=2)
     found = judge(reward, torch.zeros(3, 8, 8, 3, dtype=torch.uint8), ("a", "b", "c"), ({},) * 3)
     assert found.values.tolist() == [2, 2, 1]
     np.testing.assert_array_equal(found.extras["a"], [7, 7, np.nan])

@@ -29,7 +29,7 @@ def part(*greys):
 
 
 def reward(score, **more):
-    return Reward(score.__name__, 1.0, ANY_VALUE, score, lambda prompts: None, **more)
+    return Reward(score.__name__, 1.0, ANY_VALUE, score, lambda prompts, metadata: None, **more)
 
 
 def grey(images, prompts, metadata):

@@ -405,7 +405,7 @@ class TrainingConfig(_Section):
     keep_features: bool = Field(
         True,
         description="Critic-only passes read the features that the rollout's own forwards left, kept in the CPU's "
-        "memory, so they cost no pass through the trunk. For `critic.trunk` shared-detached",
+        "memory, so they cost no pass through the trunk; `--plan` says how much. For `critic.trunk` shared-detached",
     )
     ema_decay: float | None = Field(
         None,

@@ -1,15 +1,19 @@
 """What a run is going to be, said before it starts."""
 
+import os
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import nn
 
 from .actor_critic import ActorCritic
 from .backbones.cost import no_gradients_kept
 from .config import Config
+from .errors import UserError
+from .gpus import GIB
 from .world import World, resolve_dtype
 
 
@@ -28,6 +32,7 @@ class Measurement:
     critic_only: float  # seconds a denoising step of a pass that trains the critic alone
     training: float  # seconds a denoising step of a forward and its backward
     activations: int  # bytes that the training forwards of a time keep for their backwards
+    features: int = 0  # bytes of a picture and denoising step that the rollout keeps for the critic
 
 
 def measure(
@@ -74,7 +79,8 @@ def measure(
     with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
         _loss(model(*inputs))
     weights = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.data_ptr() in kept)
-    return Measurement(rollout, critic_only, training, cores * max(0, sum(kept.values()) - weights))
+    activations = cores * max(0, sum(kept.values()) - weights)
+    return Measurement(rollout, critic_only, training, activations, sum(tap[0].nbytes for tap in features))
 
 
 def _repeat(x: torch.Tensor | dict, times: int) -> torch.Tensor | dict:
@@ -99,6 +105,24 @@ def _seconds(run) -> float:
     return seconds
 
 
+def check_host_memory(config: Config, world: World, cost: Measurement) -> None:
+    """UserError where the features that this process keeps would not fit beside those of the machine's others."""
+    needed = _features_bytes(config, world.size, cost)
+    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_SIZE", "1"))  # set by the launcher
+    if needed > free:
+        pictures, steps = config.rollout.samples_per_iteration // world.size, config.rollout.num_inference_steps
+        raise UserError(
+            f"training.keep_features: what the critic reads of {pictures} pictures x {steps} steps takes "
+            f"{needed / GIB:.1f} GiB of a process, and {free / GIB:.1f} GiB of the machine's memory are free for it. Set "
+            "training.keep_features to false (and critic.feature_dropout to 0), or rollout.samples_per_iteration lower"
+        )
+
+
+def _features_bytes(config: Config, processes: int, cost: Measurement) -> int:
+    rollout = config.rollout
+    return rollout.samples_per_iteration // processes * rollout.num_inference_steps * cost.features
+
+
 def describe_plan(
     config: Config,
     world: World,
@@ -119,6 +143,7 @@ def describe_plan(
     stage = zero_stage(config)
     state = sum(state_bytes(trained, total - trained, dtype, stage, world.size))
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    features = _features_bytes(config, world.size, cost)
     lines = {
         "model": describe_model(config, policy, total - policy, dtype),
         "device": f"{world.size} x {device}, DeepSpeed ZeRO stage {stage}",
@@ -126,7 +151,9 @@ def describe_plan(
         "rollout": f"{rollout_runs}; weights: {weights}",
         "attention": attention,
         "memory": f"{state / 2**20:,.0f} MiB of weights, gradients and optimizer, "
-        f"{cost.activations / 2**20:,.0f} MiB of activations, a process",
+        f"{cost.activations / 2**20:,.0f} MiB of activations, "
+        + (f"{features / 2**20:,.0f} MiB of features on the host, " if features else "")
+        + "a process",
         "length": describe_length(config, predict_seconds(config, world.size, trained_steps, cost)),
     }
     return align(lines)

@@ -26,7 +26,7 @@ from .inference_copy import InferenceCopy
 from .metrics import PRETRAINING, MetricsLogger, ProgressBar, read_metrics
 from .outcome import Outcome
 from .passes import EnginePasses, Passes, SideBySidePasses
-from .plan import describe_plan, measure
+from .plan import check_host_memory, describe_plan, measure
 from .prompt_cache import PromptCache
 from .prompts import PromptSampler, load_prompts, load_sources
 from .rewards import ConstantGuard, RewardError, build_rewards, check_prompts
@@ -85,6 +85,7 @@ class Trainer:
         self.encode = PromptCache(self.backbone, world.device)
         inputs, steps = self._micro_batch(), config.training.steps_per_forward
         self.cost = measure(self.model, world.cores, steps, *inputs, keeps_features=config.keeps_features)
+        check_host_memory(config, world, self.cost)
         self.weights = InferenceCopy(self.model)
         self.clock = TrunkClock(world.device)
         self._watch(self.model)

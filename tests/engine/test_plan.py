@@ -1,9 +1,20 @@
 """The plan's numbers, worked out by hand."""
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
-from latent_critic.engine.plan import Measurement, count, describe_plan, measure, state_bytes
+from latent_critic.engine.errors import UserError
+from latent_critic.engine.plan import (
+    Measurement,
+    check_host_memory,
+    count,
+    describe_plan,
+    measure,
+    state_bytes,
+)
 from latent_critic.engine.world import World
 
 CPU = torch.device("cpu")
@@ -185,6 +196,25 @@ def test_a_critic_on_pictures_is_counted_with_its_transformer(tiny_config, tiny_
 )
 def test_predicted_time(plan, ranks, changes, length):
     assert plan(ranks, **changes)["length"] == length
+
+
+def test_features_that_are_kept_must_fit_into_the_hosts_memory(plan, tiny_config, tiny_model, monkeypatch):
+    config = tiny_config(**SECTIONS, critic={"feature_dropout": 0.1})
+    model = tiny_model(config)
+    inputs = torch.zeros(3, 4, 16, 16), torch.full((3,), 500.0), model.backbone.encode_prompts(["a red circle"] * 3)
+    cost = measure(model, 1, 2, *inputs, keeps_features=True)
+    assert cost.features == len(model.tap_indices) * 64 * 64 * 4  # tokens of 64 numbers in float32
+    world = World(0, 2, CPU)
+    needed = 48 // 2 * 10 * cost.features
+    words = describe_plan(config, world, model, 9, cost, *WORDS)
+    assert f"MiB of activations, {needed / 2**20:,.0f} MiB of features on the host, a process" in words
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    memory = SimpleNamespace(available=2 * needed)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    check_host_memory(config, world, cost)
+    memory.available -= 2
+    with pytest.raises(UserError, match="keep_features: what the critic reads of 24 pictures x 10 steps takes"):
+        check_host_memory(config, world, cost)
 
 
 def test_a_model_without_values_is_measured(tiny_config, tiny_model):

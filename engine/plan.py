@@ -113,8 +113,8 @@ def check_host_memory(config: Config, world: World, cost: Measurement) -> None:
         pictures, steps = config.rollout.samples_per_iteration // world.size, config.rollout.num_inference_steps
         raise UserError(
             f"training.keep_features: what the critic reads of {pictures} pictures x {steps} steps takes "
-            f"{needed / GIB:.1f} GiB of a process, and {free / GIB:.1f} GiB of the machine's memory are free for it. Set "
-            "training.keep_features to false (and critic.feature_dropout to 0), or rollout.samples_per_iteration lower"
+            f"{needed / GIB:.1f} GiB of a process, and {free / GIB:.1f} GiB of the machine's memory are free for it. "
+            "Set training.keep_features to false and critic.feature_dropout to 0, or rollout.samples_per_iteration less"
         )
 
 

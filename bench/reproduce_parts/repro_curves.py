@@ -23,14 +23,7 @@ COLUMNS = 2
 def plot_curves(results: Results, path: Path) -> bool:
     """Algorithms, pretraining and the UNet, by images and by seconds. False, and no file, where nothing was run."""
     rows = {
-        "algorithms on tiny-dit": (
-            "ours-long",
-            "grpo-long",
-            "ddpo-long",
-            "ours-long-0.95",
-            "grpo-long-clock",
-            "ddpo-long-clock",
-        ),
+        "algorithms on tiny-dit": ("ours-long", "grpo-long", "ddpo-long", "grpo-long-clock", "ddpo-long-clock"),
         "critic-only iterations before PPO": _names(results, "pretraining"),
         "algorithms on tiny-unet": ("unet-ours", "unet-grpo", "unet-ddpo"),
     }

@@ -108,7 +108,7 @@ _HOW_TO_READ = (
 
 def _algorithms(variants: Sequence[Variant], results: Results) -> list[str]:
     """Equal images and equal clock, beyond the group's table."""
-    compared = [variant for variant in variants if variant.group == "algorithms"]
+    compared = [variant for variant in variants if variant.group in ("algorithms", "compute")]
     names = [variant.name for variant in compared]
     if not any(variant in names for variant, _ in results):
         return []

@@ -52,9 +52,8 @@ def test_names_and_groups_are_those_of_the_grid():
     assert len(set(names)) == len(names)
     assert list(dict.fromkeys(variant.group for variant in VARIANTS.values())) == list(repro_grid.GROUPS)
     assert set(repro_grid.REFERENCES.values()) <= VARIANTS.keys()
-    assert {name for name in names if VARIANTS[name].group == "algorithms"} == {
-        "ours-long", "grpo-long", "ddpo-long", "ours-long-0.95", "grpo-long-clock", "ddpo-long-clock",
-    }  # fmt: skip
+    assert [name for name in names if VARIANTS[name].group == "algorithms"] == ["ours-long", "grpo-long", "ddpo-long"]
+    assert [name for name in names if VARIANTS[name].group == "compute"] == ["grpo-long-clock", "ddpo-long-clock"]
     assert [name for name in names if VARIANTS[name].group == "pixels"] == ["ours", "ddpo", "pixel"]
     for group in ("algorithms", "pixels", "grpo-options", "pretraining", "unet"):
         assert VARIANTS[repro_grid.REFERENCES[group]].group == group
@@ -71,19 +70,20 @@ def test_names_and_groups_are_those_of_the_grid():
 def test_a_variant_differs_from_its_recipe_where_it_says_so():
     recipe = json.loads((repro_recipe.CONFIGS / "zero3_dit.json").read_text())
     ours, pixel, guided = (VARIANTS[name] for name in ("ours", "pixel", "guidance-4.5"))
-    assert ours.own_overrides == {}
-    assert pixel.own_overrides == {
+    scale = {"evaluation.every": 20, "evaluation.num_prompts": 1024}
+    assert ours.own_overrides == scale and VARIANTS["tuning-ours-1"].own_overrides == {}
+    assert pixel.own_overrides == scale | {
         "critic.trunk": "pixels",
         "critic.feature_dropout": 0.0,
         "training.value_pretraining_epochs": 2,
         "training.critic_epochs": 1,
     }
     assert ours.config["training"]["iterations"] == recipe["training"]["iterations"] == 36
-    assert ours.config["training"]["value_pretraining_iterations"] == 4 and ours.config["evaluation"]["every"] == 10
+    assert ours.config["training"]["value_pretraining_iterations"] == 4 and ours.config["evaluation"]["every"] == 20
     assert ours.config["rollout"] == recipe["rollout"] and ours.config["logging"] == {"tensorboard": False}
-    assert VARIANTS["ours-long"].own_overrides == {"training.iterations": 96, "evaluation.every": 20}
-    assert VARIANTS["ours-long-0.95"].own_overrides == VARIANTS["ours-long"].own_overrides | {"algorithm.lam": 0.95}
-    assert guided.own_overrides == {"rollout.guidance_scale": 4.5, "evaluation.guidance_scale": 4.5}
+    assert VARIANTS["ours-long"].own_overrides == scale | {"training.iterations": 96}
+    assert VARIANTS["lam-0.95"].own_overrides == scale | {"algorithm.lam": 0.95}
+    assert guided.own_overrides == scale | {"rollout.guidance_scale": 4.5, "evaluation.guidance_scale": 4.5}
     assert VARIANTS["clip-third"].config["algorithm"]["clip_range"] == pytest.approx(0.01 / 3)
     assert VARIANTS["unet-ours"].config["optimizer"]["lr_warmup_iterations"] == 10
     assert VARIANTS["taps-last"].config["critic"]["dim"] == recipe["critic"]["dim"]
@@ -458,7 +458,7 @@ def test_the_report_has_every_claim_table_and_run(places):
     assert tuned[1:4] == ["-", "**0.8254**", "0.7969"]
     by_images = next(cells for cells in rows if cells[0] == "grpo-long-clock" and len(cells) == 9)  # to iteration 130
     assert by_images[1:3] == ["0.780 +- 0.000", "0.792 +- 0.000"] and by_images[-1] == "0.861 +- 0.001"
-    compared = [variant.name for variant in VARIANTS.values() if variant.group == "algorithms"]
+    compared = [variant.name for variant in VARIANTS.values() if variant.group in ("algorithms", "compute")]
     by_clock = {cells[0]: cells[1:] for cells in rows if len(cells) == 5 and cells[0] in compared}
     assert row("seconds of training") == ["seconds of training", "225", "450", "675", "900"]
     assert set(by_clock) == {"ours-long", "grpo-long", "ddpo-long", "grpo-long-clock"}
@@ -466,7 +466,7 @@ def test_the_report_has_every_claim_table_and_run(places):
     assert by_clock["grpo-long"] == ["0.801 +- 0.000", "0.822 +- 0.001", "-", "-"]  # it ended after 650 s
     assert by_clock["grpo-long-clock"][2:] == ["0.845 +- 0.001", "-"]  # it ended after 845 s
     planned = {cells[0]: cells[1:] for cells in rows if len(cells) == 4 and cells[0] in compared}
-    assert planned["ours-long"] == ["25,600", "2,592", "900 +- 0"] and planned["ours-long-0.95"][-1] == "-"
+    assert planned["ours-long"] == ["25,600", "2,592", "900 +- 0"] and planned["ddpo-long-clock"][-1] == "-"
     assert planned["grpo-long-clock"] == ["33,280", "2,600", "845 +- 0"]
     assert list(planned) == compared
     assert "ours-7 was made with other settings: optimizer.policy_lr 1.0 (now 0.00015), and is in the last" in text
@@ -478,7 +478,7 @@ def test_the_report_has_every_claim_table_and_run(places):
 
 
 def test_curves_have_each_variant_once(tmp_path, monkeypatch):
-    names = ("ours-long", "grpo-long", "ours-long-0.95", "ours", "pixel", "grpo", "grpo-kl", "joint", "unet-ours")
+    names = ("ours-long", "grpo-long", "grpo-long-clock", "ours", "pixel", "grpo", "grpo-kl", "joint", "unet-ours")
     results = {(name, 0): fake_result(name, 0) for name in names}
     drawn: dict[str, list[str]] = {}
 
@@ -488,7 +488,7 @@ def test_curves_have_each_variant_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(repro_curves, "_learning", learning)
     assert repro_curves.plot_curves(results, tmp_path / "curves.png")
-    assert drawn == dict.fromkeys(("images", "seconds"), ["ours-long/grpo-long/ours-long-0.95", "unet-ours"])
+    assert drawn == dict.fromkeys(("images", "seconds"), ["ours-long/grpo-long/grpo-long-clock", "unet-ours"])
     drawn.clear()
     assert repro_curves.plot_options(list(VARIANTS.values()), results, tmp_path / "curves_options.png")
     assert drawn == {"images": ["ours/pixel", "grpo/grpo-kl", "ours/joint"]}
@@ -523,14 +523,13 @@ def test_the_script_lists_and_reports_without_runs(tmp_path):
     assert listed.returncode == 0, listed.stderr
     lines = listed.stdout.splitlines()
     assert [line.split()[1] for line in lines[::2]] == [
-        "ours-long", "grpo-long", "ddpo-long", "ours-long-0.95", "grpo-long-clock", "ddpo-long-clock",
-        "ours", "ddpo", "pixel", "clip-third", "clip-triple",
+        "ours-long", "grpo-long", "ddpo-long", "ours", "ddpo", "pixel", "clip-third", "clip-triple",
     ]  # fmt: skip
-    assert lines[16].endswith("done 1 of 3 (seed 1)") and ": critic.trunk=pixels, " in lines[17]
+    assert lines[10].endswith("done 1 of 3 (seed 1)") and "critic.trunk=pixels, " in lines[11]
     quick = run_script("--quick", "--list", *folders)
-    assert quick.stdout.count("of 2") == 8
+    assert quick.stdout.count("of 2") == 5
     assert [line.split()[:2] for line in quick.stdout.splitlines()[::2]] == [
-        *(line.split()[:2] for line in lines[:12:2]),
+        *(line.split()[:2] for line in lines[:6:2]),
         ["pretraining", "pretraining-0"],
         ["pretraining", "pretraining-3"],
     ]
@@ -544,7 +543,7 @@ def test_the_script_lists_and_reports_without_runs(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "nothing"], "--only nothing: unknown; choose of algorithms, pixels, grpo-options"),
+        (["--only", "nothing"], "--only nothing: unknown; choose of algorithms, compute, pixels, grpo-options"),
         (["--quick", "--only", "clip"], "--only clip: not part of --quick; choose of algorithms, pretraining"),
         (["--seeds", "0,-1"], '"0,-1": give whole numbers from 0'),
         (["--jobs", "0"], "--jobs 0: give 1 or more"),

@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
         "--seeds",
         metavar="SEED[,SEED]",
         type=_seeds,
-        help="default: 0,1,2 (--quick: 0,1); tuning has a seed of its own",
+        help="default: 0,1,2 (--quick: 0,1); tuning has seeds of its own",
     )
     parser.add_argument("--jobs", type=int, default=usable_cores(), help="runs at a time (default: a core each)")
     parser.add_argument("--report", action="store_true", help="no runs: tables and plots of those that are there")

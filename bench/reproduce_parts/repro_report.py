@@ -87,7 +87,7 @@ def _page(
         lines += [
             "## tuning: policy learning rates",
             "",
-            "Chosen by the training reward (never by held-out prompts), the same budget for each algorithm.",
+            "Chosen by the training reward (never by held-out prompts), mean over seeds, the same budget for each.",
             "",
             *tuning_table(results),
             "",

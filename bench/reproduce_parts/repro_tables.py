@@ -18,7 +18,7 @@ from repro_claims import (
     squared_error,
     training_reward,
 )
-from repro_grid import ALGORITHMS, REFERENCES, TUNED, TUNING_RATE, TUNING_RATES, TUNING_SEED, Variant
+from repro_grid import ALGORITHMS, REFERENCES, TUNED, TUNING_RATE, TUNING_RATES, Variant
 
 SCORES = {  # header: reward
     "composition": "composition",
@@ -205,12 +205,20 @@ def tuning_table(results: Results) -> list[str]:
     head = ["training reward, last 5 iterations", *(f"{factor * TUNING_RATE:.3g}" for factor in TUNING_RATES), "grid's"]
     rows = []
     for name in ALGORITHMS:
-        found = [results.get((f"tuning-{name}-{factor:g}", TUNING_SEED)) for factor in TUNING_RATES]
-        rewards = [None if result is None else training_reward(result) for result in found]
-        best = max((reward for reward in rewards if reward is not None), default=None)
-        cells = [NONE if r is None else f"**{r:.4f}**" if r == best else f"{r:.4f}" for r in rewards]
+        found = [of_seeds(results, f"tuning-{name}-{factor:g}", training_reward).values() for factor in TUNING_RATES]
+        best = max((np.mean(list(rewards)) for rewards in found if rewards), default=None)
+        cells = [_rewards(list(rewards), best) for rewards in found]
         rows.append([name, *cells, f"{TUNED['tiny-dit'][name]['optimizer.policy_lr']:.3g}"])
     return markdown(head, rows)
+
+
+def _rewards(rewards: Sequence[float], best: float | None) -> str:
+    """Their mean, marked if it is the best, and each seed's."""
+    if not rewards:
+        return NONE
+    mean = f"{np.mean(rewards):.4f}"
+    mean = f"**{mean}**" if np.mean(rewards) == best else mean
+    return f"{mean} ({', '.join(f'{reward:.4f}' for reward in rewards)})"
 
 
 # ---- everything -----------------------------------------------------------------------------------------------------

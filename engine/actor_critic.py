@@ -118,7 +118,7 @@ class ActorCritic(nn.Module):
         features: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, ...]:
         """Prediction [B, C, H, W] and values [B, M], both float32; then, with_features, what the critic read: of each
-        tap [B, N, D] of the model's type.
+        tap [B, N, D] of the model's type, or the pictures [B, 3, side, side].
 
         latents: float32 [B, C, H, W]; timesteps: float32 [B], 0..1000; guidance_scale: None is the trained one. With
         guidance above 1 the unconditional branch runs in the same batch, in front, and the critic reads the
@@ -131,7 +131,7 @@ class ActorCritic(nn.Module):
         conditioning = {name: tensor.to(dtype) for name, tensor in conditioning.items()}
         pooled_text = self.backbone.pooled_text(conditioning)
         if features:
-            return None, self.critic(*features, timesteps=timesteps, pooled_text=pooled_text)
+            return None, self._critic(features, timesteps, pooled_text)
         if self.critic_trunk is not None:
             # At guidance 1, but for a distilled model: the critic reads the conditional branch alone.
             self.backbone.predict(self.critic_trunk, latents.to(dtype), timesteps, conditioning, guidance)
@@ -141,8 +141,8 @@ class ActorCritic(nn.Module):
         prediction = self._predict(self.trunk, latents, timesteps, conditioning, unconditional, guidance)
         if self.pixels is not None:
             clean = self.backbone.clean(latents, prediction.detach(), timesteps)
-            tokens = self.pixels(as_input(self.backbone.decode(clean), dtype))
-            values = self.critic(tokens, timesteps=timesteps, pooled_text=pooled_text)
+            features = [as_input(self.backbone.decode(clean), self.pixels.side, dtype)]
+            values = self._critic(features, timesteps, pooled_text)
         elif self.critic is None:
             values = prediction.new_zeros(len(latents), 0)
         elif self.critic_trunk is None:
@@ -189,7 +189,12 @@ class ActorCritic(nn.Module):
         if self.detach:
             features = [tapped.detach() for tapped in features]
         tokens = [self.backbone.tokens(tapped) for tapped in features]
-        return self.critic(*tokens, timesteps=timesteps, pooled_text=pooled_text), tokens
+        return self._critic(tokens, timesteps, pooled_text), tokens
+
+    def _critic(self, features: Sequence[Tensor], timesteps: Tensor, pooled_text: Tensor) -> Tensor:
+        if self.pixels is not None:
+            features = [self.pixels(*features)]
+        return self.critic(*features, timesteps=timesteps, pooled_text=pooled_text)
 
 
 def _choose_taps(backbone: Backbone, config: CriticConfig) -> tuple[list[int], int]:

@@ -405,7 +405,8 @@ class TrainingConfig(_Section):
     keep_features: bool = Field(
         True,
         description="Critic-only passes read the features that the rollout's own forwards left, kept in the CPU's "
-        "memory, so they cost no pass through the trunk; `--plan` says how much. For `critic.trunk` shared-detached",
+        "memory, so they cost no pass through the trunk; `--plan` says how much. For `critic.trunk` shared-detached "
+        "and pixels, which keeps pictures",
     )
     ema_decay: float | None = Field(
         None,
@@ -515,7 +516,8 @@ class Config(_Section):
                 f"rollout.num_trained_steps = {rollout.num_trained_steps}: at most rollout.num_inference_steps = "
                 f"{rollout.num_inference_steps}"
             )
-        if self.has_critic and self.critic.feature_dropout and not self.keeps_features:
+        reads_taps = self.critic.trunk == "shared-detached"
+        if self.has_critic and self.critic.feature_dropout and not (reads_taps and self.keeps_features):
             mistakes.append(
                 f"critic.feature_dropout = {self.critic.feature_dropout}: only critic-only passes on kept features "
                 'drop any; needs critic.trunk = "shared-detached", training.keep_features and training.critic_epochs'
@@ -555,7 +557,8 @@ class Config(_Section):
         """The rollout keeps what the critic reads."""
         training = self.training
         passes = training.value_pretraining_iterations + training.critic_epochs
-        return bool(self.has_critic and self.critic.trunk == "shared-detached" and training.keep_features and passes)
+        fixed = self.critic.trunk in ("shared-detached", "pixels")  # no critic-only pass moves what makes them
+        return bool(self.has_critic and fixed and training.keep_features and passes)
 
     @property
     def value_names(self) -> list[str]:

@@ -26,11 +26,11 @@ class PixelTrunk(nn.Module):
         self.side, self.width = config.image_size, config.hidden_size
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures in 0..1, [B, 3, height, width] of the weights' type, to tokens [B, N, D]."""
-        pictures = functional.interpolate(pictures, (self.side, self.side), mode="bilinear")
+        """Pictures in 0..1, [B, 3, side, side] of the weights' type, to tokens [B, N, D]."""
         return self.vit(2 * pictures - 1).last_hidden_state
 
 
-def as_input(pictures: Tensor, dtype: torch.dtype) -> Tensor:
+def as_input(pictures: Tensor, side: int, dtype: torch.dtype) -> Tensor:
     """uint8 [B, height, width, 3], as they are decoded, to what the trunk takes."""
-    return pictures.permute(0, 3, 1, 2).to(dtype) / 255
+    pictures = pictures.permute(0, 3, 1, 2).to(dtype) / 255
+    return functional.interpolate(pictures, (side, side), mode="bilinear")

@@ -226,7 +226,7 @@ def variants(scale: Scale = FULL) -> list[Variant]:
 
 
 def _trunk(kind: str) -> dict[str, Any]:
-    """Its critic-only passes run the trunk, so there is one, and nothing of its features is dropped."""
+    """Its critic-only passes run a whole trunk, so there is one, and nothing of its features is dropped."""
     passes = {"training.value_pretraining_epochs": 2, "training.critic_epochs": 1}
     return {"critic.trunk": kind, "critic.feature_dropout": 0.0, **passes}
 

@@ -82,8 +82,9 @@ def forwards(config: dict[str, Any]) -> Forwards:
     if window := rollout.get("sde_window"):
         trained = window["size"]
     has_critic = config["algorithm"]["name"] == "ppo"
-    keeps = config["critic"]["trunk"] == "shared-detached" and training.get("keep_features", True)
-    critic_passes = steps * (HEAD_PASS if keeps else 1) if has_critic else 0
+    keeps = training.get("keep_features", True)
+    of_trunk = {"shared-detached": HEAD_PASS, "pixels": 0} if keeps else {}
+    critic_passes = steps * of_trunk.get(config["critic"]["trunk"], 1) if has_critic else 0
     evaluated = evaluation["num_inference_steps"] * (2 if evaluation["guidance_scale"] > 1 else 1) + steps * guided
     return Forwards(
         pretraining=guided * (steps + critic_passes * training["value_pretraining_epochs"]),

@@ -26,7 +26,7 @@ class PixelCritic(nn.Module):
 
     def forward(self, clean: Tensor) -> Tensor:
         """float32 latents [B, C, H, W] to values [B, M]."""
-        pictures = as_input(self.backbone.decode(clean), self.dtype)
+        pictures = as_input(self.backbone.decode(clean), self.trunk.side, self.dtype)
         return self.head(self.trunk(pictures)[:, 0]).float()
 
 

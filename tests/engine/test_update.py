@@ -449,10 +449,14 @@ def test_critic_updates_leave_the_policy_alone(start, tiny_model):
     assert unseen_error() < 0.5 * error
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_the_critic_learns_the_same_from_features_that_were_kept(start, tiny_model, at_once):
+@pytest.mark.parametrize(("at_once", "trunk"), [(1, "shared-detached"), (2, "shared-detached"), (2, "pixels")])
+def test_the_critic_learns_the_same_from_features_that_were_kept(start, tiny_model, at_once, trunk):
     """Weights to the bit and losses too, after two epochs, and no forward of the trunk."""
-    sections = {"rollout": {"micro_batch_size": 4}, "training": {"updates_per_iteration": 1}}
+    sections = {
+        "rollout": {"micro_batch_size": 4},
+        "training": {"updates_per_iteration": 1},
+        "critic": {"trunk": trunk},
+    }
     runs = [start(at_once, **sections) for _ in range(2)]
     model = tiny_model(runs[0].config)
     for run, keep_features in zip(runs, (False, True), strict=True):

@@ -110,10 +110,11 @@ def iteration_seconds(result: dict[str, Any]) -> float:
     return result["iteration_seconds"]
 
 
-def training_reward(result: dict[str, Any], last: int = 5) -> float:
-    """The mean of the first trained reward over the last iterations, by which the learning rates were chosen."""
+def training_reward(result: dict[str, Any]) -> float:
+    """The mean of the first trained reward over the last quarter of the iterations, by which the learning rates were
+    chosen."""
     rewards = next(iter(result["training"]["reward"].values()))
-    return float(np.mean(rewards[-last:]))
+    return float(np.mean(rewards[-(len(rewards) // 4) :]))
 
 
 # ---- the claims -----------------------------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ def _page(
         lines += [
             "## tuning: policy learning rates",
             "",
-            "Chosen by the training reward (never by held-out prompts), mean over seeds, the same budget for each.",
+            "Chosen by the training reward (never by held-out prompts), mean over seeds, the same budget for each: "
+            "three rates over 40 iterations, and over 100 the best two of these.",
             "",
             *tuning_table(results),
             "",
@@ -101,8 +102,8 @@ def _every_run(results: Results) -> list[str]:
 
 _HOW_TO_READ = (
     "Held-out scores before -> after, +- one standard error over the prompts. `training reward` is the mean of the "
-    "first trained reward over the last 5 iterations, `explained variance` held-out at the end. `runs/` has each run's"
-    " configuration, command, commit, and every iteration and evaluation."
+    "first trained reward over the last quarter of the iterations, `explained variance` held-out at the end. `runs/` "
+    "has each run's configuration, command, commit, and every iteration and evaluation."
 )
 
 

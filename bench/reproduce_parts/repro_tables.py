@@ -1,5 +1,6 @@
 """The tables of a report, as Markdown."""
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -202,13 +203,15 @@ def planned_table(variants: Sequence[tuple[str, float, int]], results: Results) 
 
 
 def tuning_table(results: Results) -> list[str]:
-    head = ["training reward, last 5 iterations", *(f"{factor * TUNING_RATE:.3g}" for factor in TUNING_RATES), "grid's"]
+    head = ["training reward, last quarter", *(f"{factor * TUNING_RATE:.3g}" for factor in TUNING_RATES), "grid's"]
     rows = []
-    for name in ALGORITHMS:
-        found = [of_seeds(results, f"tuning-{name}-{factor:g}", training_reward).values() for factor in TUNING_RATES]
+    lengths = ((", 40 iterations", "", "tiny-dit"), (", 100 iterations", "-long", "tiny-dit, long"))
+    for (words, end, setting), name in itertools.product(lengths, ALGORITHMS):
+        variants = [f"tuning-{name}-{factor:g}{end}" for factor in TUNING_RATES]
+        found = [of_seeds(results, variant, training_reward).values() for variant in variants]
         best = max((np.mean(list(rewards)) for rewards in found if rewards), default=None)
         cells = [_rewards(list(rewards), best) for rewards in found]
-        rows.append([name, *cells, f"{TUNED['tiny-dit'][name]['optimizer.policy_lr']:.3g}"])
+        rows.append([name + words, *cells, f"{TUNED[setting][name]['optimizer.policy_lr']:.3g}"])
     return markdown(head, rows)
 
 

@@ -114,7 +114,7 @@ def test_equal_compute_is_counted_in_forwards():
 
 def test_tuning_asks_each_algorithm_at_the_same_rates_and_does_not_follow_its_own_result(monkeypatch):
     before = {name: VARIANTS[name].config for name in VARIANTS if name.startswith("tuning-")}
-    assert len(before) == 9
+    assert len(before) == 9 + 6
     tuned = {name: {"optimizer.policy_lr": 1e-3, "algorithm.clip_range": 0.1} for name in repro_grid.ALGORITHMS}
     monkeypatch.setitem(repro_grid.TUNED, "tiny-dit", tuned)
     after = {variant.name: variant.config for variant in repro_grid.variants()}
@@ -122,6 +122,10 @@ def test_tuning_asks_each_algorithm_at_the_same_rates_and_does_not_follow_its_ow
     for name in repro_grid.ALGORITHMS:
         rates = [before[f"tuning-{name}-{factor}"]["optimizer"]["policy_lr"] for factor in ("0.5", "1", "2")]
         assert rates == [7.5e-5, 1.5e-4, 3e-4]
+        again = repro_grid.LONG_TUNING_RATES[name]  # two of these
+        assert len(again) == 2 and set(again) < set(repro_grid.TUNING_RATES)
+        length = before[f"tuning-{name}-{again[0]:g}-long"]["training"]
+        assert length["iterations"] + length["value_pretraining_iterations"] == 100
 
 
 def test_runs_go_seed_by_seed_and_tuning_has_seeds_of_its_own():
@@ -173,7 +177,8 @@ def fake_result(name: str, seed: int, **changes) -> dict:
             "squared_error_per_step": [1 - done * v for v in values["explained"]] if has_critic else None,
         }
 
-    iterations = [*range(0, first + then, variant.config["evaluation"]["every"]), first + then]
+    every = variant.config["evaluation"]["every"] or first + then
+    iterations = [*range(0, first + then, every), first + then]
     return {
         "variant": name, "seed": seed, "group": variant.group, "model": variant.model,
         "overrides": variant.own_overrides, **ABOUT, "threads": 1, "jobs": 2,
@@ -454,8 +459,8 @@ def test_the_report_has_every_claim_table_and_run(places):
     assert row("`joint` three rewards, a value head each")[7] == "-0.020 +- 0.000"
     assert any(cells[:4] == ["`ours`", "3", "4 + 36", "0.851 +- 0.001"] for cells in rows)  # beside them
     assert row("ours-2")[1] == "0.780 -> 0.852 +- 0.009" and row("tuning-ours-2-100")
-    tuned = next(cells for cells in rows if cells[0] == "ours" and cells[-1] == "0.00015")  # the grid's rate
-    assert tuned[1:4] == ["-", "**0.8259** (0.8254, 0.8263)", "0.7969 (0.7969)"]
+    tuned = next(cells for cells in rows if cells[0] == "ours, 40 iterations")  # the grid's rate
+    assert tuned[1:4] == ["-", "**0.8201** (0.8196, 0.8205)", "0.7931 (0.7931)"]
     by_images = next(cells for cells in rows if cells[0] == "grpo-long-clock" and len(cells) == 9)  # to iteration 130
     assert by_images[1:3] == ["0.780 +- 0.000", "0.792 +- 0.000"] and by_images[-1] == "0.861 +- 0.001"
     compared = [variant.name for variant in VARIANTS.values() if variant.group in ("algorithms", "compute")]

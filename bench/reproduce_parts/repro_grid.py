@@ -20,7 +20,7 @@ ALGORITHMS = ("ours", "grpo", "ddpo")
 # UNet's are its recipe's.
 TUNED: dict[str, dict[str, dict[str, float]]] = {
     "tiny-dit": {
-        "ours": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
+        "ours": {"optimizer.policy_lr": 3e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
         "grpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
         "ddpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
     },

@@ -1,13 +1,14 @@
-"""Credit assignment of a trained run: how well its critic foresees rewards, and how noisy the policy's gradient is with
-its advantages and with those of other estimators, on the same trajectories."""
+"""Credit assignment of a trained run: how well its critic foresees rewards and how well any could, and how noisy the
+policy's gradient is with its advantages and with those of other estimators, on the same trajectories."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from repro_credit_report import save_credit
+from repro_foresight import between, foreseeable
 from repro_gradients import GradientMoments, jackknife
 from repro_machine import about
 from repro_places import Mistake
@@ -23,7 +24,7 @@ from latent_critic.engine.likelihood import likelihood
 from latent_critic.engine.passes import Part
 from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import load_prompts
-from latent_critic.engine.rewards import build_rewards
+from latent_critic.engine.rewards import build_rewards, score_all
 from latent_critic.engine.rollout import Rollout, rows
 from latent_critic.engine.saved_run import SavedRun
 from latent_critic.engine.scoring import Scoring
@@ -79,6 +80,7 @@ def measure_credit(folder: Path, output: Path, size: Size = Size()) -> Path:  # 
         "chunks": size.prompts // size.groups_per_chunk,
         "samples_per_chunk": size.chunk,
         **credit.values(),
+        "foreseeable_per_step": credit.foreseeable(),
         "reference": REFERENCE,
         "estimators": credit.gradients(),
     }
@@ -111,7 +113,8 @@ class Credit:
         self.unconditional = encode([""]) if guided else None
         prompts = load_prompts(config.prompts.eval)
         drawn = [prompts[i % len(prompts)] for i in range(size.prompts) for _ in range(size.group_size)]
-        scoring = Scoring(backbone, build_rewards(config.rewards))
+        self.rewards = build_rewards(config.rewards)
+        scoring = Scoring(backbone, self.rewards)
         rollout = Rollout([self.model], encode, backbone.latent_shape, config.rollout.micro_batch_size, device)
         with tqdm(total=size.samples, desc="drawing", unit="sample") as progress:
 
@@ -137,16 +140,26 @@ class Credit:
         return {
             "explained_variance_per_step": explained_variance(values, returns).mean(1).tolist(),
             "value_error_per_step": errors.mean(1).tolist(),
-            "variance_between_prompts": self._between_prompts(),
+            # More than that no baseline of the prompt can take out of a gradient.
+            "variance_between_prompts": between(self.earned.unflatten(0, (-1, self.size.group_size))),
         }
 
-    def _between_prompts(self) -> float:
-        """The share of the reward's variance that the prompt alone explains: more than that no baseline of the prompt
-        can take out of a gradient."""
-        groups = self.earned.double().unflatten(0, (-1, self.size.group_size))
-        within = groups.var(1).mean(0)
-        between = groups.mean(1).var(0) - within / self.size.group_size
-        return (between / (between + within)).mean().item()
+    def foreseeable(self) -> list[float]:
+        """By step, from one trajectory of each prompt: what the best of critics would explain."""
+        whole, every = self.trajectory, slice(None, None, self.size.group_size)
+        drawn = replace(
+            whole,
+            **{name: getattr(whole, name)[every] for name in ("latents", "log_probs", "values", "sample_indices")},
+            conditioning=rows(whole.conditioning, every),
+            prompts=whole.prompts[every],
+        )
+
+        def score(latents: Tensor, batch: slice) -> Tensor:
+            texts, metadata = zip(*((prompt.text, prompt.metadata) for prompt in drawn.prompts[batch]), strict=True)
+            return score_all(self.rewards, self.model.backbone.decode(latents).cpu(), texts, metadata)
+
+        options = self.config.rollout.micro_batch_size, self.size.group_size
+        return foreseeable(self.model, drawn, self.unconditional, score, *options)
 
     def advantages(self) -> dict[str, "Advantages"]:
         """Of each estimator."""

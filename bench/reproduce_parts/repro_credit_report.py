@@ -37,12 +37,14 @@ def _page(content: Mapping[str, Any]) -> list[str]:
         "## The critic",
         "",
         "By denoising step, from noise to clean. The value error is the mean squared error in variances of the reward: "
-        "1 is what a constant has. The prompt alone explains "
-        f"{content['variance_between_prompts']:.0%} of the reward's variance.",
+        "1 is what a constant has. `could be foreseen` is what no critic can exceed: one minus the variance of the "
+        f"reward among {content['group_size']} continuations of a step's latents, over all variance. The prompt alone "
+        f"explains {content['variance_between_prompts']:.0%}.",
         "",
         *markdown(
             ["step", *map(str, range(1, steps + 1))],
             [
+                ["could be foreseen", *(f"{share:.3f}" for share in content["foreseeable_per_step"])],
                 ["explained variance", *(f"{value:.3f}" for value in content["explained_variance_per_step"])],
                 ["value error", *(f"{value:.3f}" for value in content["value_error_per_step"])],
             ],
@@ -103,6 +105,8 @@ def _plot(content: Mapping[str, Any], path: Path) -> None:
 def _plot_values(axes: Axes, content: Mapping[str, Any]) -> None:
     explained = content["explained_variance_per_step"]
     steps = np.arange(1, len(explained) + 1)
+    could = content["foreseeable_per_step"]
+    axes.plot(steps, could, color="#555555", linestyle="--", label="could be foreseen")
     axes.plot(steps, explained, color=VERMILION, marker="o", label="explained variance")
     axes.plot(steps, content["value_error_per_step"], color=ORANGE, marker="s", label="value error, in variances")
     share = content["variance_between_prompts"]

@@ -11,11 +11,15 @@ import torch
 from latent_critic.engine.advantages import explained_variance
 from latent_critic.engine.checkpoint import export
 from latent_critic.engine.config import save_config
+from latent_critic.engine.critic_file import load_critic
+from latent_critic.engine.noise import keyed_noise
+from latent_critic.engine.saved_run import SavedRun
 from latent_critic.kernels.transition import transition_log_prob
 
 sys.path.append(str(Path(__file__).parents[2] / "bench" / "reproduce_parts"))  # as the script itself does
 
 import repro_credit  # noqa: E402
+import repro_foresight  # noqa: E402
 import repro_gradients  # noqa: E402
 import repro_places  # noqa: E402
 
@@ -84,6 +88,14 @@ def test_ratios_are_per_reward_and_with_their_errors():
     assert unknown["reward_variance"] is None and unknown["relative_variance"] == 4.0
 
 
+def test_the_share_between_groups_is_unbiased():
+    """Groups of variance 1 around means of variance 1/2: a third of it all, also where a group's mean is of few."""
+    torch.manual_seed(0)
+    groups = torch.randn(100_000, 2, 1) + torch.randn(100_000, 1, 1) * 0.5**0.5
+    assert repro_foresight.between(groups) == pytest.approx(1 / 3, abs=0.01)
+    assert repro_foresight.between(groups[:, :1].expand(-1, 3, -1)) == pytest.approx(1.0)
+
+
 @pytest.fixture
 def trained(tiny_config, tiny_model, tmp_path) -> Path:
     """A run folder as its end leaves it; of a critic that has learned to tell samples apart, if nothing else."""
@@ -137,6 +149,9 @@ def test_a_run_is_measured_on_its_own_trajectories(trained, tmp_path, monkeypatc
     torch.testing.assert_close(gae.numbers, (errors - errors.mean()) / errors.std(correction=0))
     assert gae.slope == pytest.approx(1 / errors.std(correction=0).item(), rel=1e-4)
 
+    assert content["foreseeable_per_step"][3:] == [1.0] * (trajectory.values.shape[1] - 3)
+    assert all(share < 1 for share in content["foreseeable_per_step"][:3])
+
     # The gradient of a chunk, from its definition.
     parameters = list(credit.model.trunk.parameters())
     gradients = []
@@ -160,6 +175,38 @@ def test_a_run_is_measured_on_its_own_trajectories(trained, tmp_path, monkeypatc
     for name, row in content["estimators"].items():
         assert f"| {name} | {row['variance']:.4g} | {row['relative_variance']:.3f} +- " in text
     assert (tmp_path / "out" / "credit.png").stat().st_size > 10_000
+
+
+def test_continuations_of_a_step_share_its_latents_and_nothing_else(trained, monkeypatch):
+    run = SavedRun(trained)
+    backbone = run.backbone(torch.float32)
+    critic = load_critic(trained / "critic.safetensors", backbone)
+    drawn = repro_credit.Credit(run.config, critic, SIZE, torch.device("cpu")).trajectory
+    ends = []
+
+    def score(latents, batch):
+        ends.append(latents)
+        return latents.mean((1, 2, 3))[:, None]
+
+    def ended():
+        shares = repro_foresight.foreseeable(
+            critic.model, drawn, None, score, size=run.config.rollout.micro_batch_size, count=2
+        )
+        found = torch.stack(ends).unflatten(0, (3, 2, -1)).flatten(2, 3)  # [steps, continuations, N, ...]
+        ends.clear()
+        return shares, found
+
+    shares, found = ended()
+    assert len(found.flatten(0, 2).flatten(1).unique(dim=0)) == 3 * 2 * 32
+    assert shares[3:] == [1.0] * (len(drawn.timesteps) - 3) and shares[0] < shares[1] < shares[2] < 1
+
+    def own(seed, keys, k, shape):
+        step = ((keys[0].item() >> 40) - 1) // 2
+        return keyed_noise(seed, keys % (1 << 40), step + k + 1, shape)
+
+    monkeypatch.setattr(repro_foresight, "keyed_noise", own)  # with the noise of their own past they repeat it
+    shares, found = ended()
+    assert all(torch.equal(of, drawn.latents[:, -1]) for of in found.flatten(0, 1)) and shares == [1.0] * len(shares)
 
 
 def test_a_folder_without_a_critic_is_one_clear_message(trained, tiny_config, tmp_path):

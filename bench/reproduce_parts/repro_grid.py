@@ -3,16 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from repro_recipe import WATCHED, base, changed, difference, iterations_at_equal_compute
 
 SEEDS = (0, 1, 2)
 TUNING_SEEDS = (100, 101)  # none of the grid's; one alone moves by as much as rates differ
 LONG_TUNING_SEED = 102
-# The best two of each algorithm over 40 iterations, to choose from over 100.
-LONG_TUNING_RATES = {"ours": (1.0, 2.0), "grpo": (1.0, 2.0), "ddpo": (1.0, 2.0)}
-TUNING_RATES = (0.5, 1.0, 2.0)  # times TUNING_RATE
 TUNING_RATE = 1.5e-4
 ALGORITHMS = ("ours", "grpo", "ddpo")
 
@@ -35,6 +32,34 @@ TUNED: dict[str, dict[str, dict[str, float]]] = {
         "ddpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 10},
     },
 }
+
+
+class Rate(NamedTuple):
+    """Of a policy's learning, as it is tuned."""
+
+    factor: float  # times TUNING_RATE
+    warm_up: int = 0  # iterations
+
+    @property
+    def name(self) -> str:
+        return f"{self.factor:g}" + (f"-warm-{self.warm_up}" if self.warm_up else "")
+
+    @property
+    def words(self) -> str:
+        return f"{self.factor * TUNING_RATE:.3g}" + (f", warm-up of {self.warm_up}" if self.warm_up else "")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        return {
+            "optimizer.policy_lr": self.factor * TUNING_RATE,
+            "algorithm.clip_range": 0.01,
+            "optimizer.lr_warmup_iterations": self.warm_up,
+        }
+
+
+TUNING_RATES = (Rate(0.5), Rate(1), Rate(2), Rate(1, 10), Rate(2, 10))
+# The best two of each algorithm over 40 iterations, to choose from over 100.
+LONG_TUNING_RATES = {name: (Rate(1, 10), Rate(2, 10)) for name in ALGORITHMS}
 
 
 @dataclass(frozen=True)
@@ -254,19 +279,14 @@ def _longer(overrides: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tuning(
-    length: dict[str, Any], end: str, rates: dict[str, Sequence[float]], seeds: tuple[int, ...]
+    length: dict[str, Any], end: str, rates: dict[str, Sequence[Rate]], seeds: tuple[int, ...]
 ) -> Iterable[Variant]:
     """Whatever TUNED says: it is what is chosen here."""
     for name in ALGORITHMS:
         overrides = length if name == "ours" else _without_critic(name, length, "tiny-dit")
-        for factor in rates[name]:
-            rate = {
-                "optimizer.policy_lr": factor * TUNING_RATE,
-                "algorithm.clip_range": 0.01,
-                "optimizer.lr_warmup_iterations": 0,
-            }
-            about = f"{name} at a rate of {factor * TUNING_RATE:.3g}"
-            yield Variant(f"tuning-{name}-{factor:g}{end}", "tuning", about, overrides | rate, seeds=seeds)
+        for rate in rates[name]:
+            about = f"{name} at a rate of {rate.words}"
+            yield Variant(f"tuning-{name}-{rate.name}{end}", "tuning", about, overrides | rate.overrides, seeds=seeds)
 
 
 def runs(chosen: Sequence[Variant], seeds: Sequence[int]) -> list[Run]:

@@ -19,7 +19,7 @@ from repro_claims import (
     squared_error,
     training_reward,
 )
-from repro_grid import ALGORITHMS, REFERENCES, TUNED, TUNING_RATE, TUNING_RATES, Variant
+from repro_grid import ALGORITHMS, REFERENCES, TUNED, TUNING_RATES, Variant
 
 SCORES = {  # header: reward
     "composition": "composition",
@@ -203,15 +203,16 @@ def planned_table(variants: Sequence[tuple[str, float, int]], results: Results) 
 
 
 def tuning_table(results: Results) -> list[str]:
-    head = ["training reward, last quarter", *(f"{factor * TUNING_RATE:.3g}" for factor in TUNING_RATES), "grid's"]
+    head = ["training reward, last quarter", *(rate.words for rate in TUNING_RATES), "grid's"]
     rows = []
     lengths = ((", 40 iterations", "", "tiny-dit"), (", 100 iterations", "-long", "tiny-dit, long"))
     for (words, end, setting), name in itertools.product(lengths, ALGORITHMS):
-        variants = [f"tuning-{name}-{factor:g}{end}" for factor in TUNING_RATES]
+        variants = [f"tuning-{name}-{rate.name}{end}" for rate in TUNING_RATES]
         found = [of_seeds(results, variant, training_reward).values() for variant in variants]
         best = max((np.mean(list(rewards)) for rewards in found if rewards), default=None)
         cells = [_rewards(list(rewards), best) for rewards in found]
-        rows.append([name + words, *cells, f"{TUNED[setting][name]['optimizer.policy_lr']:.3g}"])
+        tuned = TUNED[setting][name]
+        rows.append([name + words, *cells, next(rate.words for rate in TUNING_RATES if rate.overrides == tuned)])
     return markdown(head, rows)
 
 

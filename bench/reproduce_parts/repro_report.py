@@ -88,7 +88,7 @@ def _page(
             "## tuning: policy learning rates",
             "",
             "Chosen by the training reward (never by held-out prompts), mean over seeds, the same budget for each: "
-            "three rates over 40 iterations, and over 100 the best two of these.",
+            "five rates and warm-ups over 40 iterations, and over 100 the best two of these.",
             "",
             *tuning_table(results),
             "",

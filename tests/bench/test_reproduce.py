@@ -116,7 +116,7 @@ def test_equal_compute_is_counted_in_forwards():
 
 def test_tuning_asks_each_algorithm_at_the_same_rates_and_does_not_follow_its_own_result(monkeypatch):
     before = {name: VARIANTS[name].config for name in VARIANTS if name.startswith("tuning-")}
-    assert len(before) == 9 + 6
+    assert len(before) == 15 + 6
     tuned = {name: {"optimizer.policy_lr": 1e-3, "algorithm.clip_range": 0.1} for name in repro_grid.ALGORITHMS}
     monkeypatch.setitem(repro_grid.TUNED, "tiny-dit", tuned)
     after = {variant.name: variant.config for variant in repro_grid.variants()}
@@ -124,9 +124,11 @@ def test_tuning_asks_each_algorithm_at_the_same_rates_and_does_not_follow_its_ow
     for name in repro_grid.ALGORITHMS:
         rates = [before[f"tuning-{name}-{factor}"]["optimizer"]["policy_lr"] for factor in ("0.5", "1", "2")]
         assert rates == [7.5e-5, 1.5e-4, 3e-4]
+        warm = before[f"tuning-{name}-2-warm-10"]["optimizer"]
+        assert (warm["policy_lr"], warm["lr_warmup_iterations"]) == (3e-4, 10)
         again = repro_grid.LONG_TUNING_RATES[name]  # two of these
         assert len(again) == 2 and set(again) < set(repro_grid.TUNING_RATES)
-        length = before[f"tuning-{name}-{again[0]:g}-long"]["training"]
+        length = before[f"tuning-{name}-{again[0].name}-long"]["training"]
         assert length["iterations"] + length["value_pretraining_iterations"] == 100
 
 

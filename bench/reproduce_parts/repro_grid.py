@@ -13,26 +13,6 @@ LONG_TUNING_SEED = 102
 TUNING_RATE = 1.5e-4
 ALGORITHMS = ("ours", "grpo", "ddpo")
 
-# Chosen by the `tuning` group: for each algorithm the policy's rate of the highest training reward, over two seeds. The
-# UNet's are its recipe's.
-TUNED: dict[str, dict[str, dict[str, float]]] = {
-    "tiny-dit": {
-        "ours": {"optimizer.policy_lr": 3e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
-        "grpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
-        "ddpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
-    },
-    "tiny-dit, long": {
-        "ours": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
-        "grpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
-        "ddpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 0},
-    },
-    "tiny-unet": {
-        "ours": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 10},
-        "grpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 10},
-        "ddpo": {"optimizer.policy_lr": 1.5e-4, "algorithm.clip_range": 0.01, "optimizer.lr_warmup_iterations": 10},
-    },
-}
-
 
 class Rate(NamedTuple):
     """Of a policy's learning, as it is tuned."""
@@ -58,8 +38,20 @@ class Rate(NamedTuple):
 
 
 TUNING_RATES = (Rate(0.5), Rate(1), Rate(2), Rate(1, 10), Rate(2, 10))
-# The best two of each algorithm over 40 iterations, to choose from over 100.
-LONG_TUNING_RATES = {name: (Rate(1, 10), Rate(2, 10)) for name in ALGORITHMS}
+# The best two of each algorithm over 40 iterations, to choose from over 100. For `ours` Rate(2) is not one of them: its
+# mean is the best by 0.003, but with a third seed the reward fell from 0.74 to 0.61 in ten iterations.
+LONG_TUNING_RATES = {
+    "ours": (Rate(1, 10), Rate(2, 10)),
+    "grpo": (Rate(1, 10), Rate(2, 10)),
+    "ddpo": (Rate(1), Rate(1, 10)),
+}
+# Chosen by the `tuning` group: for each algorithm the rate and warm-up of the highest training reward, over two seeds.
+# The UNet's are its recipe's.
+TUNED = {
+    "tiny-dit": {"ours": Rate(1, 10), "grpo": Rate(2, 10), "ddpo": Rate(1)},
+    "tiny-dit, long": {"ours": Rate(1, 10), "grpo": Rate(2, 10), "ddpo": Rate(1)},
+    "tiny-unet": dict.fromkeys(ALGORITHMS, Rate(1, 10)),
+}
 
 
 @dataclass(frozen=True)
@@ -151,15 +143,15 @@ def variants(scale: Scale = FULL) -> list[Variant]:
         "training.iterations": scale.iterations,
     }
     of_scale = length | scale.evaluation
-    ours = of_scale | TUNED["tiny-dit"]["ours"]
+    ours = of_scale | TUNED["tiny-dit"]["ours"].overrides
     grpo = _without_critic("grpo", of_scale, "tiny-dit")
     ddpo = _without_critic("ddpo", of_scale, "tiny-dit")
     clip = ours["algorithm.clip_range"]
     unet = of_scale | {"training.iterations": scale.unet_iterations}
-    unet_ours = unet | TUNED["tiny-unet"]["ours"]
+    unet_ours = unet | TUNED["tiny-unet"]["ours"].overrides
     three = {"rewards": [{"name": name} for name in ("composition", *WATCHED[1:])]}
     long = {"training.iterations": scale.long_iterations}
-    ours_long = of_scale | TUNED["tiny-dit, long"]["ours"] | long
+    ours_long = of_scale | TUNED["tiny-dit, long"]["ours"].overrides | long
     grpo_long, ddpo_long = (_without_critic(name, of_scale | long, "tiny-dit, long") for name in ("grpo", "ddpo"))
     return [
         Variant("ours-long", "algorithms", "PPO with the latent critic", ours_long),
@@ -269,7 +261,7 @@ def _without_critic(name: str, of_scale: dict[str, Any], model: str) -> dict[str
     """As many images: what a critic would be pretrained with is trained on."""
     images = of_scale["training.value_pretraining_iterations"] + of_scale["training.iterations"]
     length = {"training.value_pretraining_iterations": 0, "training.iterations": images}
-    return of_scale | length | {"algorithm.name": name} | TUNED[model][name]
+    return of_scale | length | {"algorithm.name": name} | TUNED[model][name].overrides
 
 
 def _longer(overrides: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

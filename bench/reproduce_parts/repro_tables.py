@@ -211,8 +211,7 @@ def tuning_table(results: Results) -> list[str]:
         found = [of_seeds(results, variant, training_reward).values() for variant in variants]
         best = max((np.mean(list(rewards)) for rewards in found if rewards), default=None)
         cells = [_rewards(list(rewards), best) for rewards in found]
-        tuned = TUNED[setting][name]
-        rows.append([name + words, *cells, next(rate.words for rate in TUNING_RATES if rate.overrides == tuned)])
+        rows.append([name + words, *cells, TUNED[setting][name].words])
     return markdown(head, rows)
 
 

@@ -71,10 +71,9 @@ def test_a_variant_differs_from_its_recipe_where_it_says_so():
     recipe = json.loads((repro_recipe.CONFIGS / "zero3_dit.json").read_text())
     ours, pixel, guided = (VARIANTS[name] for name in ("ours", "pixel", "guidance-4.5"))
     scale = {"evaluation.every": 20, "evaluation.num_prompts": 1024}
-    assert VARIANTS["ours-long"].own_overrides == scale | {"training.iterations": 96}
-    assert VARIANTS["tuning-ours-1"].own_overrides == {}
-    scale |= {"optimizer.policy_lr": 3e-4}
     assert ours.own_overrides == scale
+    assert VARIANTS["ours-long"].own_overrides == scale | {"training.iterations": 96}
+    assert VARIANTS["tuning-ours-1-warm-10"].own_overrides == {}
     assert pixel.own_overrides == scale | {
         "critic.trunk": "pixels",
         "critic.feature_dropout": 0.0,
@@ -117,10 +116,10 @@ def test_equal_compute_is_counted_in_forwards():
 def test_tuning_asks_each_algorithm_at_the_same_rates_and_does_not_follow_its_own_result(monkeypatch):
     before = {name: VARIANTS[name].config for name in VARIANTS if name.startswith("tuning-")}
     assert len(before) == 15 + 6
-    tuned = {name: {"optimizer.policy_lr": 1e-3, "algorithm.clip_range": 0.1} for name in repro_grid.ALGORITHMS}
+    tuned = dict.fromkeys(repro_grid.ALGORITHMS, repro_grid.Rate(8))
     monkeypatch.setitem(repro_grid.TUNED, "tiny-dit", tuned)
     after = {variant.name: variant.config for variant in repro_grid.variants()}
-    assert {name: after[name] for name in before} == before and after["ours"]["optimizer"]["policy_lr"] == 1e-3
+    assert {name: after[name] for name in before} == before and after["ours"]["optimizer"]["policy_lr"] == 1.2e-3
     for name in repro_grid.ALGORITHMS:
         rates = [before[f"tuning-{name}-{factor}"]["optimizer"]["policy_lr"] for factor in ("0.5", "1", "2")]
         assert rates == [7.5e-5, 1.5e-4, 3e-4]
@@ -478,7 +477,7 @@ def test_the_report_has_every_claim_table_and_run(places):
     assert planned["ours-long"] == ["25,600", "2,592", "900 +- 0"] and planned["ddpo-long-clock"][-1] == "-"
     assert planned["grpo-long-clock"] == ["33,280", "2,600", "845 +- 0"]
     assert list(planned) == compared
-    assert "ours-7 was made with other settings: optimizer.policy_lr 1.0 (now 0.0003), and is in the last" in text
+    assert "ours-7 was made with other settings: optimizer.policy_lr 1.0 (now 0.00015), and is in the last" in text
     assert row("ours-7")[1] == "0.780 -> 0.807 +- 0.009"
     assert "Some Processor, 2 runs at a time with 1 thread each; python 3.11.7, torch 2.13.0; commit abc1234" in text
     assert "triton" not in text

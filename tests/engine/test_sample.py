@@ -134,11 +134,9 @@ def test_steered_by_the_runs_critic(run, draw, tmp_path):
     assert captions == TEXTS == about["prompts"] and about["seed"] == 1000
     best, _, bon = steered("--steer", "bon", "--particles", "3")
     first = [chosen == 0 for chosen in bon["chosen"]]
-    assert torch.equal(best[first], images[first])
-    assert [row[0] for row in bon["potentials"]] == pytest.approx(
-        [row[0] for row in about["potentials"]],
-        rel=1e-4,  # batches of other sizes round otherwise
-    )
+    # Batches of other sizes round otherwise, by a level of a picture at most.
+    torch.testing.assert_close(best[first].int(), images[first].int(), rtol=0, atol=1)
+    assert [row[0] for row in bon["potentials"]] == pytest.approx([row[0] for row in about["potentials"]], rel=1e-4)
     assert bon["cost"]["forwards"] == 3 * about["cost"]["forwards"] and bon["cost"]["backwards"] == 0
     both, _, guided = steered("--steer", "guidance+smc", "--scale", "3", "--window", "1:", "--resample_every", "2")
     assert guided["guidance"] == {"scale": 3.0, "start": 1, "end": None, "normalize": False}

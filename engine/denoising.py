@@ -42,7 +42,7 @@ class DenoisingLoop:
         check_addresses: bool = False,
         keep_features: bool = False,
     ):
-        """keep_features: of the blocks that the critic reads; they are returned as well."""
+        """keep_features: what the critic reads; it is returned as well."""
         self.model, self.size, self.guidance_scale = model, size, guidance_scale
         self.schedule = schedule
         self.table, self.timesteps = schedule

@@ -22,7 +22,7 @@ class Trajectory:
     prompts: list[Prompt]
     sample_indices: Tensor  # [N] int64, global, which key the noise together with the seed
     seed: int
-    features: list[Tensor] = field(default_factory=list)  # each tap's [N, K, n, D], on the CPU, if they are kept
+    features: list[Tensor] = field(default_factory=list)  # each tap's [N, K, n, D] or pictures, on the CPU, if kept
 
     @property
     def trained_steps(self) -> slice:

@@ -25,12 +25,14 @@ def build_rewards(configs: Iterable[RewardConfig]) -> list[Reward]:
 def check_prompts(rewards: Sequence[Reward], prompts: Iterable[Prompt]) -> None:
     """UserError for the first prompt that one of the rewards cannot judge, and where it is written: before a run, not
     in its middle."""
-    different = {(prompt.text, json.dumps(prompt.metadata, sort_keys=True)): prompt for prompt in prompts}.values()
+    different: dict[tuple[str, str], Prompt] = {}
+    for prompt in prompts:
+        different.setdefault((prompt.text, json.dumps(prompt.metadata, sort_keys=True)), prompt)
     for reward in rewards:
         try:
-            _check(reward, different)
+            _check(reward, different.values())
         except UserError as error:  # it quotes the prompt, unless it is not about one
-            quoted = [prompt for prompt in different if prompt.source and repr(prompt.text) in str(error)]
+            quoted = [prompt for prompt in different.values() if prompt.source and repr(prompt.text) in str(error)]
             place = next((prompt.source for prompt in quoted if _refuses(reward, prompt)), None)
             raise type(error)(f"{place}: {error}" if place else str(error)) from error
 

@@ -292,7 +292,7 @@ def test_the_example_of_the_errors_is_right():
 
 def test_a_line_that_cannot_be_judged_is_named_before_a_run(mask2former, clip, tmp_path):
     """Though another line has the same text."""
-    lines = [{"prompt": "cats", "tag": "counting", "include": [{"class": "cat", "count": n}]} for n in (2, 3, 0)]
+    lines = [{"prompt": "cats", "tag": "counting", "include": [{"class": "cat", "count": n}]} for n in (2, 3, 0, 0)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prompts = load_prompts(f"{tmp_path}/p.jsonl")
     scorers = build_rewards([RewardConfig(name="geneval", params={"detector": mask2former, "clip": clip})])
@@ -308,12 +308,14 @@ COCO = [next((k for k in ("mouse", "remote", "keyboard") if rules.OTHER_NAMES[k]
 SIZE = (48, 64)  # height and width of the pictures
 
 
-def randomize(model, seed=0):
-    """Weights that make a model's output depend on what it is given."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+def randomize(kind, config, seed=0):
+    """A model whose output depends on what it is given. All of it follows from the seed, its first biases too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.data = torch.randn(parameter.shape) / parameter[0].numel() ** 0.5
     return model
 
 
@@ -343,7 +345,7 @@ def mask2former(tmp_path_factory):
         label2id={name: number for number, name in enumerate(COCO)},
     )
     folder = tmp_path_factory.mktemp("mask2former")
-    randomize(Mask2FormerForUniversalSegmentation(config)).save_pretrained(folder)
+    randomize(Mask2FormerForUniversalSegmentation, config).save_pretrained(folder)
     Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(folder)
     return str(folder)
 
@@ -370,7 +372,7 @@ def detr(tmp_path_factory):
         label2id={name: number for number, name in enumerate(labels)},
     )
     folder = tmp_path_factory.mktemp("detr")
-    randomize(DetrForObjectDetection(config)).save_pretrained(folder)
+    randomize(DetrForObjectDetection, config).save_pretrained(folder)
     DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(folder)
     return str(folder)
 
@@ -387,7 +389,7 @@ def clip(tmp_path_factory):
     )
     config = CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=24)
     folder = tmp_path_factory.mktemp("clip")
-    randomize(CLIPModel(config)).save_pretrained(folder)
+    randomize(CLIPModel, config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     return str(folder)

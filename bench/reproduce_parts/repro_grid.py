@@ -161,7 +161,12 @@ def variants(scale: Scale = FULL) -> list[Variant]:
         Variant("ddpo-long-clock", "compute", "DDPO, as many forwards of the trunk", _longer(ddpo_long, ours_long)),
         Variant("ours", "pixels", "PPO with the latent critic", ours),
         Variant("ddpo", "pixels", "DDPO: no critic, as many images", ddpo),
-        Variant("pixel", "pixels", "PPO with a critic on the predicted picture", ours | _trunk("pixels")),
+        Variant(
+            "pixel",
+            "pixels",
+            "PPO with a critic on the predicted picture, in as many passes over kept pictures",
+            ours | {"critic.trunk": "pixels", "critic.feature_dropout": 0.0},
+        ),
         Variant("grpo", "grpo-options", "GRPO in groups of 8", grpo),
         Variant("grpo-kl", "grpo-options", "GRPO with a KL penalty", grpo | {"algorithm.kl_coef": 0.01}),
         Variant(
@@ -252,7 +257,8 @@ def variants(scale: Scale = FULL) -> list[Variant]:
 
 
 def _trunk(kind: str) -> dict[str, Any]:
-    """Its critic-only passes run a whole trunk, so there is one, and nothing of its features is dropped."""
+    """One that the value loss trains: critic-only passes run it whole, so there is one, and drop nothing of its
+    features."""
     passes = {"training.value_pretraining_epochs": 2, "training.critic_epochs": 1}
     return {"critic.trunk": kind, "critic.feature_dropout": 0.0, **passes}
 

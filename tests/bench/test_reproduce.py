@@ -74,8 +74,9 @@ def test_a_variant_differs_from_its_recipe_where_it_says_so():
     assert ours.own_overrides == scale
     assert VARIANTS["ours-long"].own_overrides == scale | {"training.iterations": 96}
     assert VARIANTS["tuning-ours-1-warm-10"].own_overrides == {}
-    assert pixel.own_overrides == scale | {
-        "critic.trunk": "pixels",
+    assert pixel.own_overrides == scale | {"critic.trunk": "pixels", "critic.feature_dropout": 0.0}
+    assert VARIANTS["trunk-shared"].own_overrides == scale | {
+        "critic.trunk": "shared",
         "critic.feature_dropout": 0.0,
         "training.value_pretraining_epochs": 2,
         "training.critic_epochs": 1,

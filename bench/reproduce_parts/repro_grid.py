@@ -49,7 +49,7 @@ LONG_TUNING_RATES = {
 # The UNet's are its recipe's.
 TUNED = {
     "tiny-dit": {"ours": Rate(1, 10), "grpo": Rate(2, 10), "ddpo": Rate(1)},
-    "tiny-dit, long": {"ours": Rate(1, 10), "grpo": Rate(2, 10), "ddpo": Rate(1)},
+    "tiny-dit, long": dict.fromkeys(ALGORITHMS, Rate(1, 10)),
     "tiny-unet": dict.fromkeys(ALGORITHMS, Rate(1, 10)),
 }
 

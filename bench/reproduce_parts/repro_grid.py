@@ -45,8 +45,8 @@ LONG_TUNING_RATES = {
     "grpo": (Rate(1, 10), Rate(2, 10)),
     "ddpo": (Rate(1), Rate(1, 10)),
 }
-# Chosen by the `tuning` group: for each algorithm the rate and warm-up of the highest training reward, over two seeds or,
-# of long runs, one; but for what is said above. The UNet's are its recipe's.
+# Chosen by the `tuning` group: for each algorithm the rate and warm-up of the highest training reward, over two seeds
+# or, of long runs, one; but for what is said above. The UNet's are its recipe's.
 TUNED = {
     "tiny-dit": {"ours": Rate(1, 10), "grpo": Rate(2, 10), "ddpo": Rate(1)},
     "tiny-dit, long": dict.fromkeys(ALGORITHMS, Rate(1, 10)),

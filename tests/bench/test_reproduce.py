@@ -86,7 +86,7 @@ def test_a_variant_differs_from_its_recipe_where_it_says_so():
     assert ours.config["rollout"] == recipe["rollout"] and ours.config["logging"] == {"tensorboard": False}
     assert VARIANTS["lam-0.95"].own_overrides == scale | {"algorithm.lam": 0.95}
     assert guided.own_overrides == scale | {"rollout.guidance_scale": 4.5, "evaluation.guidance_scale": 4.5}
-    assert VARIANTS["clip-third"].config["algorithm"]["clip_range"] == pytest.approx(0.01 / 3)
+    assert VARIANTS["clip-0.0001"].config["algorithm"]["clip_range"] == 1e-4
     assert VARIANTS["unet-ours"].config["optimizer"]["lr_warmup_iterations"] == 10
     assert VARIANTS["taps-last"].config["critic"]["dim"] == recipe["critic"]["dim"]
 
@@ -532,7 +532,7 @@ def test_the_script_lists_and_reports_without_runs(tmp_path):
     assert listed.returncode == 0, listed.stderr
     lines = listed.stdout.splitlines()
     assert [line.split()[1] for line in lines[::2]] == [
-        "ours-long", "grpo-long", "ddpo-long", "ours", "ddpo", "pixel", "clip-third", "clip-triple",
+        "ours-long", "grpo-long", "ddpo-long", "ours", "ddpo", "pixel", "clip-0.0001", "clip-1e-05",
     ]  # fmt: skip
     assert lines[10].endswith("done 1 of 3 (seed 1)") and "critic.trunk=pixels, " in lines[11]
     quick = run_script("--quick", "--list", *folders)

@@ -22,6 +22,14 @@ FAMILIES = {  # of the plot, by how a cell's name begins and ends
     "guidance + SMC by V": lambda name: name.startswith("guidance + SMC"),
 }
 SINGLE = ("unsteered", "guidance")
+COMPARED = (  # the first with the second
+    ("guidance", "unsteered"),
+    ("best of 4 by V", "unsteered"),
+    ("guidance + best of 4 by V", "best of 4 by V"),
+    ("SMC of 4 by V", "SMC of 4 by reward"),
+    ("guidance + SMC of 4 by V", "SMC of 4 by V"),
+    ("best of 4 by V", "best of 4 by reward"),
+)
 Cell = Mapping[str, Any]
 Number = tuple[float, float]  # mean and standard error
 
@@ -33,8 +41,9 @@ def write(folder: Path) -> Path:
         "# What the critic is worth at sampling",
         "",
         "Held-out prompts, a picture of each for each seed. A mean's +- is its standard error over prompts, of a "
-        "prompt's mean over seeds; differences to `unsteered` are paired. Passes are the trunk's forwards, and "
-        "backwards as two, of one kept picture; decoded are pictures that went through autoencoder and reward on the "
+        "prompt's mean over seeds; differences to `unsteered` are paired. Passes are the trunk's forwards and "
+        "backwards of one kept picture: a backward to the latents alone is as much arithmetic as a forward, for no "
+        "weight has a gradient; decoded are pictures that went through autoencoder and reward on the "
         "way. *apart* is how far two pictures of a prompt, of different seeds, are apart (root mean square of their "
         "latents): less is less variety. Only composition is what the critic was trained to foretell.",
         "",
@@ -73,7 +82,32 @@ def _section(model: str, results: Mapping[str, Any]) -> list[str]:
         "",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
+        *_comparisons(cells),
     ]
+
+
+def _comparisons(cells: Mapping[str, Cell]) -> list[str]:
+    """The pairs that are there, a verdict each by one rule."""
+    pairs = [names for names in COMPARED if set(names) <= set(cells)]
+    head = ("composition, paired", "first minus second, 95% interval", "passes", "decoded", "s a picture", "verdict")
+    rows = [head, ["---"] * len(head)]
+    for first, second in pairs:
+        one, other = cells[first], cells[second]
+        mean, error = _mean(_by_prompt(one, "composition") - _by_prompt(other, "composition"))
+        half = 1.96 * error
+        verdict = "**above**" if mean > half else "**below**" if mean < -half else "not told apart"
+        costs = [cell["cost"] for cell in (one, other)]
+        rows.append(
+            [
+                f"{first} / {second}",
+                f"{mean:+.4f} +- {half:.4f}",
+                f"{passes(one):.0f} / {passes(other):.0f}",
+                " / ".join(f"{cost['scored']:.0f}" for cost in costs),
+                " / ".join(f"{cost['seconds']:.3f}" for cost in costs),
+                verdict,
+            ]
+        )
+    return [*(f"| {' | '.join(row)} |" for row in rows), ""] if pairs else []
 
 
 def _row(name: str, cell: Cell, unsteered: Cell) -> list[str]:
@@ -95,7 +129,7 @@ def _row(name: str, cell: Cell, unsteered: Cell) -> list[str]:
 
 
 def passes(cell: Cell) -> float:
-    return cell["cost"]["forwards"] + 2 * cell["cost"]["backwards"]
+    return cell["cost"]["forwards"] + cell["cost"]["backwards"]
 
 
 def _by_prompt(cell: Cell, name: str) -> np.ndarray:
@@ -121,7 +155,7 @@ def _plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                     mean, _ = _mean(_by_prompt(cells[name], "composition"))
                     axes.plot(passes(cells[name]), mean, marker, color="black", markersize=9, label=name, zorder=3)
             axes.set_xscale("log", base=2)
-            axes.set_xlabel("passes of the trunk for a picture (a backward as two)")
+            axes.set_xlabel("passes of the trunk for a picture, forward and backward")
             axes.set_ylabel("held-out composition")
             axes.set_title(f"From {TITLES[model]}")
             axes.legend(loc="best")

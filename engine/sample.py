@@ -40,8 +40,9 @@ def arguments() -> argparse.Namespace:
     steering.add_argument("--window", metavar="START:END", help="steps that are guided, END excluded (default: all)")
     steering.add_argument("--particles", type=int, default=4, help="samples of a prompt, of bon and smc (default: 4)")
     steering.add_argument(
-        "--by", choices=("value", "reward"), default="value", help="what judges them (default: value)"
+        "--by", choices=("value", "reward"), default="value", help="what judges them on the way (default: value)"
     )
+    steering.add_argument("--keep", choices=("value", "reward"), help="what the best is chosen by (default: as --by)")
     steering.add_argument("--smc_scale", type=float, default=10.0, help="in SMC's weights exp(scale V) (default: 10)")
     steering.add_argument(
         "--resample_every", type=int, metavar="STEPS", help="SMC: at fixed steps (default: when weights degenerate)"

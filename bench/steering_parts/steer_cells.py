@@ -27,6 +27,7 @@ SMC_SCALES = (1.0, 3.0, 10.0)
 CHOOSING = 256  # training prompts that scales are chosen on
 BATCH = 64
 EVERY = 2  # SMC's steps between resamplings, of 8
+SMC_KINDS = {"by V": {}, "by V, kept by reward": {"keep": "reward"}, "by reward": {"by": "reward"}}
 SEED = 1000
 
 
@@ -38,6 +39,16 @@ class Way(NamedTuple):
     guidance: Guidance | None = None
     particles: Callable[[], Particles] | None = None
     transition: str | None = None  # None: as the critic was trained
+
+
+def smc(kind: str, count: int, scale: float) -> Way:
+    return Way(f"SMC of {count} {kind}", count, None, lambda: SMC(count, scale, EVERY, **SMC_KINDS[kind]))
+
+
+# What scales are chosen for, of which ways.
+TUNED = {"guidance": [(scale, Way("", 1, Guidance(scale))) for scale in GUIDANCE_SCALES]} | {
+    kind: [(scale, smc(kind, 4, scale)) for scale in SMC_SCALES] for kind in SMC_KINDS
+}
 
 
 class Bench:
@@ -54,43 +65,39 @@ class Bench:
         self.watched = build_rewards([RewardConfig(name=name) for name in WATCHED])
 
     def run(self, path: Path) -> None:
-        """Writes each cell as it ends."""
-        kept = json.loads(path.read_text()) if path.exists() else {"cells": {}}
-        scales = kept.get("scales") or self.choose()
-        kept |= {"about": about(), "scales": scales, "prompts": len(self.prompts)}
-        ways = list(self.ways(scales["guidance"], scales["smc"]))
+        """Writes scales and each cell as they are there."""
+        kept = {"scales": {}, "tried": {}, "cells": {}}
+        kept |= json.loads(path.read_text()) if path.exists() else {}
+        kept |= {"about": about(), "prompts": len(self.prompts)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for name, candidates in TUNED.items():
+            if name not in kept["scales"]:
+                found = {scale: self.chosen_by(way) for scale, way in tqdm(candidates, desc=f"scale of {name}")}
+                kept["tried"][name], kept["scales"][name] = list(found.items()), max(found, key=found.get)
+                path.write_text(json.dumps(kept) + "\n")
+        ways = list(self.ways(kept["scales"]))
         for way in tqdm(ways, desc=path.stem):
             if way.name not in kept["cells"]:
                 kept["cells"][way.name] = self.cell(way)
-                path.parent.mkdir(parents=True, exist_ok=True)
+                kept["cells"] = {each.name: kept["cells"][each.name] for each in ways if each.name in kept["cells"]}
                 path.write_text(json.dumps(kept) + "\n")
 
-    def choose(self) -> dict[str, Any]:
-        """Scales of the highest trained reward on training prompts, which held-out ones share nothing with."""
+    def chosen_by(self, way: Way) -> float:
+        """The trained reward on training prompts, which held-out ones share nothing with."""
         prompts = [prompt for source in load_sources(self.run_config.prompts.train) for prompt in source.prompts]
         prompts = [prompts[i * len(prompts) // CHOOSING] for i in range(CHOOSING)]
+        found, _ = self.draw(way, prompts, SEED - 1)
+        return self.scores(found.images, prompts)[:, 0].mean().item()
 
-        def reward(way: Way) -> float:
-            found, _ = self.draw(way, prompts, SEED - 1)
-            return self.scores(found.images, prompts)[:, 0].mean().item()
-
-        guided = {
-            scale: reward(Way("", 1, Guidance(scale))) for scale in tqdm(GUIDANCE_SCALES, desc="guidance's scale")
-        }
-        smc = {
-            scale: reward(Way("", 4, None, lambda scale=scale: SMC(4, scale, EVERY)))
-            for scale in tqdm(SMC_SCALES, desc="SMC's scale")
-        }
-        best = {name: max(found, key=found.get) for name, found in (("guidance", guided), ("smc", smc))}
-        return {**best, "tried": {"guidance": list(guided.items()), "smc": list(smc.items())}}
-
-    def ways(self, scale: float, smc_scale: float) -> Iterator[Way]:
+    def ways(self, scales: dict[str, float]) -> Iterator[Way]:
         """Cheap ones first."""
         middle = self.critic.rollout.num_inference_steps // 2 - 1
+        scale = scales["guidance"]
         guidance = Guidance(scale)
-        yield Way("ODE", 1, transition="ode")
         yield Way("unsteered", 1)
+        yield Way("ODE", 1, transition="ode")
         yield Way("guidance", 1, guidance)
+        yield Way("guidance, ODE", 1, guidance, transition="ode")
         for half in (0.5, 2.0):
             yield Way(f"guidance, scale {half:g}x", 1, Guidance(half * scale))
         yield Way("guidance, scale -1x", 1, Guidance(-scale))
@@ -99,11 +106,11 @@ class Bench:
             yield Way(f"best of {n} by V", n, None, lambda n=n: BestOfN(n))
             yield Way(f"best of {n} by V, half given up midway", n, None, lambda n=n, half=half: BestOfN(n, prune=half))
             yield Way(f"best of {n} by reward", n, None, lambda n=n: BestOfN(n, "reward"))
-            yield Way(f"SMC of {n} by V", n, None, lambda n=n: SMC(n, smc_scale, EVERY))
-            yield Way(f"SMC of {n} by reward", n, None, lambda n=n: SMC(n, smc_scale, EVERY, by="reward"))
+            kinds = [smc(kind, n, scales[kind]) for kind in SMC_KINDS]
+            yield from kinds
             yield Way(f"guidance + best of {n} by V", n, guidance, lambda n=n: BestOfN(n))
             yield Way(f"guidance + best of {n} by reward", n, guidance, lambda n=n: BestOfN(n, "reward"))
-            yield Way(f"guidance + SMC of {n} by V", n, guidance, lambda n=n: SMC(n, smc_scale, EVERY))
+            yield Way(f"guidance + {kinds[0].name}", n, guidance, kinds[0].particles)
 
     def cell(self, way: Way) -> dict[str, Any]:
         """Scores of every picture [seeds][prompts], cost of one picture, and how far two of a prompt are apart."""

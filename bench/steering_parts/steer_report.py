@@ -1,6 +1,7 @@
 """README.md and pareto.png of the cells that are there."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,23 @@ from steer_runs import MODELS
 from latent_critic.engine.reports import SERIES, STYLE
 
 TITLES = {"base": "the base model, with a critic trained on it", "trained": "a post-trained model, with its own critic"}
-FAMILIES = {  # of the plot, by how a cell's name begins and ends
-    "best of N by V": lambda name: name.startswith("best of") and name.endswith("by V"),
-    "best of N by reward": lambda name: name.startswith("best of") and name.endswith("by reward"),
-    "SMC by V": lambda name: name.startswith("SMC") and name.endswith("by V"),
-    "SMC by reward": lambda name: name.startswith("SMC") and name.endswith("by reward"),
-    "guidance + best of N by V": lambda name: name.startswith("guidance + best") and name.endswith("by V"),
-    "guidance + SMC by V": lambda name: name.startswith("guidance + SMC"),
-}
+FAMILIES = (  # of the plot
+    "best of N by V",
+    "best of N by reward",
+    "SMC of N by V",
+    "SMC of N by V, kept by reward",
+    "SMC of N by reward",
+    "guidance + best of N by V",
+    "guidance + best of N by reward",
+    "guidance + SMC of N by V",
+)
 SINGLE = ("unsteered", "guidance")
 COMPARED = (  # the first with the second
     ("guidance", "unsteered"),
     ("best of 4 by V", "unsteered"),
     ("guidance + best of 4 by V", "best of 4 by V"),
     ("SMC of 4 by V", "SMC of 4 by reward"),
+    ("SMC of 4 by V, kept by reward", "SMC of 4 by reward"),
     ("guidance + SMC of 4 by V", "SMC of 4 by V"),
     ("best of 4 by V", "best of 4 by reward"),
 )
@@ -60,16 +64,17 @@ def write(folder: Path) -> Path:
 
 
 def _section(model: str, results: Mapping[str, Any]) -> list[str]:
-    cells, where, scales = results["cells"], results["about"], results["scales"]
+    cells, where = results["cells"], results["about"]
     head = (
         *("way", "composition", "minus unsteered", "strictly right, %", "background", "JPEG, kB", "apart"),
         *("passes", "decoded", "s a picture"),
     )
     rows = [head, ["---"] * len(head), *(_row(name, cell, cells["unsteered"]) for name, cell in cells.items())]
     seeds = len(cells["unsteered"]["scores"]["composition"])
-    tried = "; ".join(
-        f"{name}: {', '.join(f'{scale:g} -> {reward:.4f}' for scale, reward in pairs)}"
-        for name, pairs in scales["tried"].items()
+    chosen = "; ".join(
+        f"{'SMC ' * name.startswith('by')}{name} {results['scales'][name]:g} "
+        f"({', '.join(f'{scale:g} -> {reward:.4f}' for scale, reward in pairs)})"
+        for name, pairs in results["tried"].items()
     )
     return [
         f"## From {TITLES[model]}",
@@ -77,8 +82,7 @@ def _section(model: str, results: Mapping[str, Any]) -> list[str]:
         f"{results['prompts']} prompts, {seeds} seeds. `{where['command']}`, commit {where['commit']}, "
         f"{where['processor']}, " + ", ".join(f"{name} {version}" for name, version in where["versions"].items()),
         "",
-        f"Scales chosen on training prompts, by composition ({tried}): guidance {scales['guidance']:g}, "
-        f"SMC {scales['smc']:g}.",
+        f"Scales chosen on training prompts, by composition: {chosen}.",
         "",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
@@ -146,8 +150,10 @@ def _plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         panels = figure.subplots(1, len(found), squeeze=False)[0]
         for axes, (model, results) in zip(panels, found.items(), strict=True):
             cells = results["cells"]
-            for color, (family, belongs) in zip(SERIES, FAMILIES.items(), strict=False):
-                points = [cells["unsteered"], *(cell for name, cell in cells.items() if belongs(name))]
+            for color, family in zip(SERIES, FAMILIES, strict=False):
+                first = cells["guidance" if family.startswith("guidance") else "unsteered"]
+                is_one = re.compile(re.escape(family).replace("N", r"\d+")).fullmatch
+                points = [first, *(cell for name, cell in cells.items() if is_one(name))]
                 if len(points) > 1:
                     _line(axes, sorted(points, key=passes), color, family)
             for name, marker in zip(SINGLE, "o*", strict=True):

@@ -54,7 +54,7 @@ def draw_steered(
     about = {
         "steer": args.steer,
         "guidance": guidance and dataclasses.asdict(guidance),
-        "particles": particles and {"count": particles.count, "by": particles.by},
+        "particles": particles and {"count": particles.count, "by": particles.by, "keep": particles.keep},
         "weights": dict(zip(critic.names, steerer.weights.tolist(), strict=True)),
         "seed": seed,
         "cost": dataclasses.asdict(found.cost),
@@ -70,9 +70,9 @@ def draw_steered(
 
 def _particles(args: argparse.Namespace) -> Particles | None:
     if "bon" in args.steer:
-        return BestOfN(args.particles, args.by)
+        return BestOfN(args.particles, args.by, keep=args.keep)
     if "smc" in args.steer:
-        return SMC(args.particles, args.smc_scale, args.resample_every, by=args.by)
+        return SMC(args.particles, args.smc_scale, args.resample_every, by=args.by, keep=args.keep)
     return None
 
 

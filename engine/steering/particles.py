@@ -17,17 +17,22 @@ By = Literal["value", "reward"]
 class Particles:
     """N samples of a prompt, of which the best is kept in the end.
 
-    by: judged by the critic ("value"), or by the rewards of the picture that a step predicts ("reward": decoded and
-    scored each time). `begin` makes buffers that stay where they are, and `select` computes on the device alone, so
-    that steps that are judged by value can be captured in a CUDA graph.
+    by: judged on the way by the critic ("value"), or by the rewards of the picture that a step predicts ("reward":
+    decoded and scored each time). keep: what the one that is kept is chosen by, the same if None; "reward" with
+    by="value" decodes and scores finished pictures alone. Raises UserError for by="reward" with keep="value".
+
+    `begin` makes buffers that stay where they are, and `select` computes on the device alone, so that steps that are
+    judged by value can be captured in a CUDA graph.
     """
 
     resamples = False  # whether `select` is asked
 
-    def __init__(self, count: int, by: By = "value"):
+    def __init__(self, count: int, by: By = "value", keep: By | None = None):
         if count < 1:
             raise UserError(f"particles: {count} of a prompt; give 1 or more")
-        self.count, self.by = count, by
+        if (by, keep) == ("reward", "value"):
+            raise UserError("particles: judged by reward on the way they are kept by reward; leave keep out")
+        self.count, self.by, self.keep = count, by, keep or by
 
     def check(self, steps: int) -> None:
         """Raises UserError unless the method fits so many steps."""
@@ -39,7 +44,7 @@ class Particles:
         """Before each rollout. uniforms: float64 [K, P] in 0..1, of the prompts' own noise."""
 
     def judges(self, step: int) -> bool:
-        """Whether particles may be moved at this step."""
+        """Whether particles may be moved at this step, or left behind after it."""
         return False
 
     def select(self, step: Tensor, potential: Tensor) -> Tensor:
@@ -58,8 +63,8 @@ class Particles:
 class BestOfN(Particles):
     """The best of N. prune: {step: particles that go on after it}, so that the worse are not finished."""
 
-    def __init__(self, count: int, by: By = "value", prune: dict[int, int] | None = None):
-        super().__init__(count, by)
+    def __init__(self, count: int, by: By = "value", prune: dict[int, int] | None = None, *, keep: By | None = None):
+        super().__init__(count, by, keep)
         self.prune = dict(sorted((prune or {}).items()))
         left = count
         for step, kept in self.prune.items():
@@ -72,6 +77,9 @@ class BestOfN(Particles):
             raise UserError(
                 f"prune: after step {max(self.prune)}; steps are 0 to {steps - 1}, and after the last all end"
             )
+
+    def judges(self, step: int) -> bool:
+        return step in self.prune
 
     def survivors(self, step: int) -> int:
         return min([self.count, *(kept for after, kept in self.prune.items() if after <= step)])
@@ -90,9 +98,15 @@ class SMC(Particles):
     resamples = True
 
     def __init__(
-        self, count: int, scale: float = 10.0, every: int | None = None, threshold: float = 0.5, by: By = "value"
+        self,
+        count: int,
+        scale: float = 10.0,
+        every: int | None = None,
+        threshold: float = 0.5,
+        by: By = "value",
+        keep: By | None = None,
     ):
-        super().__init__(count, by)
+        super().__init__(count, by, keep)
         if every is not None and every < 1:
             raise UserError(f"SMC: resampling at every {every} steps; give 1 or more")
         if not 0 < threshold <= 1:

@@ -98,7 +98,7 @@ class Steerer:
         self.batch_size = max(batch_size, self.particles.count)
         self.graph = graph if device.type == "cuda" else "off"
         self.weights = critic.weights(weights).to(device)
-        self.rewards: list[Reward] = build_rewards(critic.rewards) if self.particles.by == "reward" else []
+        self.rewards: list[Reward] = build_rewards(critic.rewards) if self.particles.keep == "reward" else []
         dtype = next(backbone.trunk.parameters()).dtype
         backbone.to(device)
         critic.model.to(device, dtype)
@@ -171,7 +171,7 @@ class Steerer:
                 samples, values = samples.gather(1, best), values.take_along_dim(best[..., None, None], 1)
         z = z.unflatten(0, (-1, potentials.shape[1]))
         pictures = None
-        if self.particles.by == "reward" and potentials.shape[1] > 1:
+        if self.particles.keep == "reward" and potentials.shape[1] > 1:
             pictures = self._decode(z.flatten(0, 1))
             potentials = self._score(pictures, prompts).to(self.device).unflatten(0, (len(prompts), -1))
             pictures = pictures.unflatten(0, (len(prompts), -1))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latent_critic.engine.checkpoint import export
 from latent_critic.engine.config import save_config
-from latent_critic.engine.steering import SMC, BestOfN
+from latent_critic.engine.steering import SMC, BestOfN, Guidance
 
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path += [str(BENCH / "steering_parts"), str(BENCH / "reproduce_parts")]  # as the script itself does
@@ -23,7 +23,9 @@ import steer_report  # noqa: E402
 @pytest.fixture
 def run(tiny_config, tiny_model, tmp_path, monkeypatch):
     """Folder of a run on the tiny pipeline, and scales that are quickly chosen."""
-    for name, value in (("CHOOSING", 2), ("GUIDANCE_SCALES", (0.1, 0.2)), ("SMC_SCALES", (3.0,)), ("BATCH", 8)):
+    guidance = [(scale, steer_cells.Way("", 1, Guidance(scale))) for scale in (0.1, 0.2)]
+    smc = {kind: [(3.0, steer_cells.smc(kind, 4, 3.0))] for kind in steer_cells.SMC_KINDS}
+    for name, value in (("CHOOSING", 2), ("TUNED", {"guidance": guidance} | smc), ("BATCH", 8)):
         monkeypatch.setattr(steer_cells, name, value)
     config = tiny_config(rewards=[{"name": "composition"}], critic={"dim": 32, "num_heads": 2})
     folder = tmp_path / "run"
@@ -41,8 +43,8 @@ def test_cells_and_page(run, tmp_path, monkeypatch):
     bench.run(path)
     found = json.loads(path.read_text())
     cells = found["cells"]
-    assert found["scales"]["smc"] == 3.0 and found["scales"]["guidance"] in (0.1, 0.2)
-    assert drawn.count("") == 3 and len(drawn) == 3 + 2 * len(cells)  # what is chosen from; two seeds of each cell
+    assert found["scales"]["by reward"] == 3.0 and found["scales"]["guidance"] in (0.1, 0.2)
+    assert drawn.count("") == 2 and len(drawn) == 5 + 2 * len(cells)  # what is chosen from; two seeds of each cell
     assert np.array(cells["unsteered"]["scores"]["composition"]).shape == (2, 3)
     steps = bench.run_config.rollout.num_inference_steps
     assert [steer_report.passes(cells[name]) for name in ("unsteered", "guidance", "best of 2 by V")] == [
@@ -74,13 +76,21 @@ def test_cells_and_page(run, tmp_path, monkeypatch):
 
 
 def test_every_way_is_there(run):
-    ways = {way.name: way for way in steer_cells.Bench(run, 3, 2, 16).ways(2.0, 10.0)}
-    assert len(ways) == 6 + 4 * 8
+    bench = steer_cells.Bench(run, 3, 2, 16)
+    scales = {"guidance": 2.0, "by V": 10.0, "by V, kept by reward": 3.0, "by reward": 1.0}
+    ways = {way.name: way for way in bench.ways(scales)}
+    assert len(ways) == 7 + 4 * 9
     assert ways["guidance, scale -1x"].guidance.scale == -2.0 and ways["ODE"].transition == "ode"
     pruned = ways["best of 16 by V, half given up midway"].particles()
     assert isinstance(pruned, BestOfN) and pruned.survivors(0) == 16 and pruned.survivors(1) == 8
     both = ways["guidance + SMC of 4 by V"]
     assert both.guidance.scale == 2.0 and isinstance(both.particles(), SMC) and both.particles().scale == 10.0
+    judged = {kind: ways[f"SMC of 4 {kind}"].particles() for kind in steer_cells.SMC_KINDS}
+    assert [(each.by, each.keep, each.scale) for each in judged.values()] == [
+        ("value", "value", 10.0),
+        ("value", "reward", 3.0),
+        ("reward", "reward", 1.0),
+    ]
 
 
 @pytest.mark.parametrize("flags", [["--seeds", "1"], ["--prompts", "1"], ["--most", "0"]])

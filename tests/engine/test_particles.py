@@ -116,7 +116,8 @@ def test_it_resamples_when_it_should():
 def test_the_best_go_on():
     best = BestOfN(8, prune={1: 4, 3: 1})
     assert [best.survivors(step) for step in range(5)] == [8, 4, 4, 1, 1]
-    assert not best.resamples and not best.judges(0)
+    assert not best.resamples and [best.judges(step) for step in range(5)] == [False, True, False, True, False]
+    assert (best.keep, BestOfN(8, "reward").keep, SMC(8, keep="reward").keep) == ("value", "reward", "reward")
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,7 @@ def test_the_best_go_on():
         (lambda: SMC(-1), "particles: -1 of a prompt; give 1 or more"),
         (lambda: SMC(4, every=0), "resampling at every 0 steps; give 1 or more"),
         (lambda: SMC(4, threshold=0), "threshold 0; give a share"),
+        (lambda: SMC(4, by="reward", keep="value"), "judged by reward on the way they are kept by reward"),
         (lambda: BestOfN(4, prune={0: 5}), "5 particles after step 0; give 1 to 4"),
         (lambda: BestOfN(4, prune={0: 2, 3: 3}), "3 particles after step 3; give 1 to 2"),
     ],

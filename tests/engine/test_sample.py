@@ -140,7 +140,7 @@ def test_steered_by_the_runs_critic(run, draw, tmp_path):
     assert bon["cost"]["forwards"] == 3 * about["cost"]["forwards"] and bon["cost"]["backwards"] == 0
     both, _, guided = steered("--steer", "guidance+smc", "--scale", "3", "--window", "1:", "--resample_every", "2")
     assert guided["guidance"] == {"scale": 3.0, "start": 1, "end": None, "normalize": False}
-    assert guided["particles"] == {"count": 4, "by": "value"} and guided["cost"]["backwards"] > 0
+    assert guided["particles"] == {"count": 4, "by": "value", "keep": "value"} and guided["cost"]["backwards"] > 0
     assert not torch.equal(both, images)
 
 

@@ -165,7 +165,7 @@ def test_best_of_n(run):
     assert all((row - value).abs().min() < 1e-4 for row, value in zip(every, pruned.potentials[:, 0], strict=True))
 
 
-def test_best_of_n_by_reward(run):
+def test_best_of_n_by_reward(run, monkeypatch):
     """The kept picture is the one of the highest reward, standardised and weighted as in training."""
     best = draw(run, particles=BestOfN(3, by="reward"))
     assert (best.cost.decoded, best.cost.scored) == (9, 9)
@@ -175,6 +175,12 @@ def test_best_of_n_by_reward(run):
     expected = units.standardize(scores.T).sum(1)
     assert torch.allclose(best.potentials.max(1).values, expected, atol=1e-4)
     assert units.mean.tolist() == pytest.approx([-4.0, 0.5]) and units.std.tolist() == pytest.approx([1.0, 0.3])
+    pruned = draw(run, particles=BestOfN(4, by="reward", prune={3: 2}), batch_size=12)  # by the pictures of step 3
+    assert (pruned.cost.scored, pruned.potentials.shape) == (12 + 6, (3, 2))
+    every = draw(run, particles=BestOfN(4, by="reward"), batch_size=12).potentials
+    monkeypatch.setattr(Steerer, "_judge", lambda self, z, v, timestep: torch.tensor([0.0, 3.0, 1.0, 2.0]).repeat(3))
+    left = draw(run, particles=BestOfN(4, by="reward", prune={3: 2}), batch_size=12).potentials
+    assert near(left, every[:, [1, 3]])
 
 
 def test_smc(run):
@@ -186,6 +192,8 @@ def test_smc(run):
     assert torch.equal(again.latents, found.latents) and torch.equal(again.ancestors, found.ancestors)
     by_reward = draw(run, particles=SMC(4, every=3, by="reward"), batch_size=12)
     assert by_reward.cost.scored == 12 + 12  # at step 3, and in the end
+    kept = draw(run, particles=SMC(4, scale=20.0, every=2, keep="reward"), batch_size=12)
+    assert torch.equal(kept.ancestors, found.ancestors) and (kept.cost.decoded, kept.cost.scored) == (12, 12)
     guided = draw(run, particles=SMC(4, scale=20.0, every=2), guidance=Guidance(0.3))
     assert guided.cost.backwards == guided.cost.forwards == 3 * 4 * 6
     assert guided.values[:, -1].sum() > found.values[:, -1].sum()

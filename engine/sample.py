@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     steering = parser.add_argument_group("steering")
     steering.add_argument("--steer", choices=STEERING, help="guidance by the critic, best of N (bon), SMC, or two")
     steering.add_argument("--critic", type=Path, help="a critic.safetensors (default: the run's)")
-    steering.add_argument("--scale", type=float, default=2.0, help="of guidance, in p(z) exp(scale V) (default: 2)")
+    steering.add_argument("--scale", type=float, default=4.0, help="of guidance, in p(z) exp(scale V) (default: 4)")
     steering.add_argument("--window", metavar="START:END", help="steps that are guided, END excluded (default: all)")
     steering.add_argument("--particles", type=int, default=4, help="samples of a prompt, of bon and smc (default: 4)")
     steering.add_argument(

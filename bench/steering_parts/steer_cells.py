@@ -71,7 +71,7 @@ class Bench:
         kept |= {"about": about(), "prompts": len(self.prompts)}
         path.parent.mkdir(parents=True, exist_ok=True)
         for name, candidates in TUNED.items():
-            if name not in kept["scales"]:
+            if name not in kept["scales"] and (name == "guidance" or self.most > 1):
                 found = {scale: self.chosen_by(way) for scale, way in tqdm(candidates, desc=f"scale of {name}")}
                 kept["tried"][name], kept["scales"][name] = list(found.items()), max(found, key=found.get)
                 path.write_text(json.dumps(kept) + "\n")

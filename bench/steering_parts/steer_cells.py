@@ -26,7 +26,7 @@ GUIDANCE_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 SMC_SCALES = (1.0, 3.0, 10.0)
 CHOOSING = 256  # training prompts that scales are chosen on
 BATCH = 64
-EVERY = 2  # SMC's steps between resamplings, of 8
+EVERY = 1  # SMC's steps between resamplings: before each of the few steps that add noise, but the first
 SMC_KINDS = {"by V": {}, "by V, kept by reward": {"keep": "reward"}, "by reward": {"by": "reward"}}
 SEED = 1000
 

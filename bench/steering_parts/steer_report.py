@@ -27,10 +27,12 @@ FAMILIES = (  # of the plot
 SINGLE = ("unsteered", "guidance")
 COMPARED = (  # the first with the second
     ("guidance", "unsteered"),
+    ("guidance, ODE", "ODE"),
     ("best of 4 by V", "unsteered"),
     ("guidance + best of 4 by V", "best of 4 by V"),
     ("SMC of 4 by V", "SMC of 4 by reward"),
     ("SMC of 4 by V, kept by reward", "SMC of 4 by reward"),
+    ("SMC of 4 by V, kept by reward", "best of 4 by reward"),
     ("guidance + SMC of 4 by V", "SMC of 4 by V"),
     ("best of 4 by V", "best of 4 by reward"),
 )

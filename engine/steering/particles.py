@@ -37,8 +37,8 @@ class Particles:
     def check(self, steps: int) -> None:
         """Raises UserError unless the method fits so many steps."""
 
-    def begin(self, prompts: int, steps: int, device: torch.device) -> None:
-        """Before the first rollout of so many prompts at a time."""
+    def begin(self, prompts: int, noisy: Tensor, device: torch.device) -> None:
+        """Before the first rollout of so many prompts at a time. noisy: bool [K] on the CPU, which steps add noise."""
 
     def reset(self, uniforms: Tensor) -> None:
         """Before each rollout. uniforms: float64 [K, P] in 0..1, of the prompts' own noise."""
@@ -89,8 +89,8 @@ class SMC(Particles):
     """Sequential Monte Carlo of p(z) exp(scale V(z)) (Feynman-Kac; arXiv 2501.06848 with a reward in place of V).
 
     A particle's weight is exp(scale (V now - V at the last resampling)). Systematic resampling where the effective
-    sample size 1 / sum w^2 falls below `threshold` N, or at every `every`-th step whatever it is. Steps must be
-    stochastic, or copies of a particle stay alike.
+    sample size 1 / sum w^2 falls below `threshold` N, or at every `every`-th step whatever it is; never where no noise
+    is to come, for copies of a particle would stay alike: weights are kept for the choice in the end.
 
     Buffers: base [P, N], the potentials at the last resampling; uniforms [K, P].
     """
@@ -113,16 +113,17 @@ class SMC(Particles):
             raise UserError(f"SMC: threshold {threshold:g}; give a share of the particles, above 0 and at most 1")
         self.scale, self.every, self.threshold = scale, every, threshold
 
-    def begin(self, prompts: int, steps: int, device: torch.device) -> None:
+    def begin(self, prompts: int, noisy: Tensor, device: torch.device) -> None:
+        self.last = int(noisy.nonzero().max())  # that copies can part in
         self.base = torch.zeros(prompts, self.count, dtype=torch.float64, device=device)
-        self.uniforms = torch.zeros(steps, prompts, dtype=torch.float64, device=device)
+        self.uniforms = torch.zeros(len(noisy), prompts, dtype=torch.float64, device=device)
 
     def reset(self, uniforms: Tensor) -> None:
         self.base.zero_()
         self.uniforms.copy_(uniforms)
 
     def judges(self, step: int) -> bool:
-        return self.every is None or (step > 0 and step % self.every == 0)
+        return step <= self.last and (self.every is None or (step > 0 and step % self.every == 0))
 
     def select(self, step: Tensor, potential: Tensor) -> Tensor:
         potential = potential.double()
@@ -133,6 +134,7 @@ class SMC(Particles):
             is_due = effective_sample_size(weights) < self.threshold * self.count
         else:
             is_due = ((step > 0) & (step % self.every == 0)).expand(len(weights))
+        is_due = is_due & (step <= self.last)
         chosen = torch.where(is_due[:, None], chosen, super().select(step, potential))
         self.base.copy_(torch.where(is_due[:, None], potential.gather(1, chosen), self.base))
         return chosen

@@ -91,7 +91,8 @@ class Steerer:
         self.steps = len(self.schedule.timesteps)
         if guidance is not None:
             guidance.check(self.steps)
-        if self.particles.resamples and not bool((self.schedule.table[:, 2] > 0).any()):
+        self._noisy = (self.schedule.table[:, 2] > 0).cpu()
+        if self.particles.resamples and not bool(self._noisy.any()):
             raise UserError('resampled particles would stay alike: with SMC use a stochastic transition, not "ode"')
         self.particles.check(self.steps)
         self.guidance_scale = trained.guidance_scale if guidance_scale is None else guidance_scale
@@ -116,7 +117,7 @@ class Steerer:
         if count != self._size:
             self._release()
             self._size = count
-            self.particles.begin(count, self.steps, self.device)
+            self.particles.begin(count, self._noisy, self.device)
         parts = []
         with tqdm(total=len(prompts), desc="drawing", disable=not progress or len(prompts) <= count) as bar:
             for start in range(0, len(prompts), count):

@@ -59,15 +59,15 @@ def posterior(table: torch.Tensor, slope: float) -> tuple[float, float]:
     return mean + SCALE * slope * variance, variance
 
 
-def estimate(particles: SMC, prompts: int, seed: int) -> tuple[torch.Tensor, SteeredLoop]:
+def estimate(particles: SMC, prompts: int, seed: int, noisy: int = STEPS) -> tuple[torch.Tensor, SteeredLoop]:
     """Weighted means [P] of z before the last step, of so many independent runs."""
     sigmas = torch.linspace(1.0, 0.0, STEPS + 1)
-    schedule = Schedule(flow_sde_table(sigmas, 0.7, STEPS), 1000 * sigmas[:-1])
+    schedule = Schedule(flow_sde_table(sigmas, 0.7, noisy), 1000 * sigmas[:-1])
     slopes = torch.linspace(0.2, 1.0, STEPS)
     model, count = Chain(C, slopes, schedule.timesteps), particles.count
     generator = torch.Generator().manual_seed(seed)
     noises = torch.randn(STEPS + 1, prompts * count, 1, 1, 1, generator=generator)
-    particles.begin(prompts, STEPS, torch.device("cpu"))
+    particles.begin(prompts, schedule.table[:, 2] > 0, torch.device("cpu"))
     options = {"weights": torch.ones(1), "guidance": None, "particles": particles, "count": count}
     loop = SteeredLoop(model, schedule, prompts * count, {}, None, 1.0, **options)
     particles.reset(torch.rand(STEPS, prompts, dtype=torch.float64, generator=generator))
@@ -111,6 +111,18 @@ def test_it_resamples_when_it_should():
     _, loop = estimate(fixed, 32, 0)
     moved = (loop.ancestors != stay).any(2).any(1)
     assert moved.tolist() == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_it_never_resamples_where_copies_would_stay_alike(every):
+    """After the last step with noise, the third of six, weights are only kept: as many particles end as there were."""
+    particles = SMC(8, 8.0, every)
+    _, loop = estimate(particles, 32, 0, noisy=3)
+    moved = (loop.ancestors != torch.arange(8)).any(2).any(1)
+    assert moved.tolist()[3:] == [False] * 3 and moved[1:3].all()
+    assert [particles.judges(step) for step in (2, 3)] == [True, False]
+    ends = loop.potentials[-1].view(32, 8)
+    assert all(len(row.unique()) == 8 for row in ends)
 
 
 def test_the_best_go_on():

@@ -24,7 +24,7 @@ FAMILIES = (  # of the plot
     "guidance + best of N by reward",
     "guidance + SMC of N by V",
 )
-SINGLE = ("unsteered", "guidance")
+SINGLE = {"unsteered": "o", "ODE": "s", "guidance": "*", "guidance, ODE": "P"}  # markers
 COMPARED = (  # the first with the second
     ("guidance", "unsteered"),
     ("guidance, ODE", "ODE"),
@@ -148,7 +148,7 @@ def _mean(numbers: np.ndarray) -> Number:
 
 def _plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
-        figure = Figure((6.4 * len(found), 4.4), layout="constrained")
+        figure = Figure((6.4 * len(found), 4.8), layout="constrained")
         panels = figure.subplots(1, len(found), squeeze=False)[0]
         for axes, (model, results) in zip(panels, found.items(), strict=True):
             cells = results["cells"]
@@ -158,7 +158,7 @@ def _plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 points = [first, *(cell for name, cell in cells.items() if is_one(name))]
                 if len(points) > 1:
                     _line(axes, sorted(points, key=passes), color, family)
-            for name, marker in zip(SINGLE, "o*", strict=True):
+            for name, marker in SINGLE.items():
                 if name in cells:
                     mean, _ = _mean(_by_prompt(cells[name], "composition"))
                     axes.plot(passes(cells[name]), mean, marker, color="black", markersize=9, label=name, zorder=3)
@@ -166,7 +166,7 @@ def _plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             axes.set_xlabel("passes of the trunk for a picture, forward and backward")
             axes.set_ylabel("held-out composition")
             axes.set_title(f"From {TITLES[model]}")
-            axes.legend(loc="best")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         figure.savefig(path)
 
 

@@ -123,12 +123,12 @@ class Bench:
         apart = (latents[0] - latents[1]).flatten(1).square().mean(1).sqrt()
         count = len(self.prompts) * self.seeds
         total = {name: sum(cost[name] for cost in costs) / count for name in costs[0]}
-        columns = torch.stack(scores).permute(2, 0, 1)
+        columns = torch.stack(scores).permute(2, 0, 1).double().round(decimals=5)
         return {
             "particles": way.count,
             "cost": total,
             "scores": {name: column.tolist() for name, column in zip(WATCHED, columns, strict=True)},
-            "apart": apart.tolist(),
+            "apart": apart.double().round(decimals=5).tolist(),
         }
 
     def draw(self, way: Way, prompts: list[Prompt], seed: int) -> tuple[Steered, dict[str, float]]:

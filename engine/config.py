@@ -261,6 +261,9 @@ class AlgorithmConfig(_Section):
         "compares a sample with others of its prompt (arXiv 2505.05470), `ddpo` with statistics (arXiv 2305.13301)",
     )
     group_size: int = Field(8, ge=2, description="grpo: samples of a prompt, which are compared with each other")
+    global_std: bool = Field(
+        False, description="grpo: divide by the std of all the iteration's rewards, not by that of a prompt's"
+    )
     reward_statistics: Literal["global", "prompt"] = Field(
         "global",
         description="ddpo: mean and std are those of the iteration's rewards, or of the prompt's latest 16, once it "

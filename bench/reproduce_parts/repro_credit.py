@@ -171,9 +171,11 @@ class Credit:
             before = gae(self.earned, values, options.gamma, lam)[0][:, trained]
             after = normalize(before, weights, options.advantage_clip)
             found[f"GAE, lambda {lam:g}"] = self._scaled(after, share(before, unbiased) / before.std(correction=0))
-        grpo, ddpo = (self._build(name).advantages(self.raw, values, trained, prompts) for name in ("grpo", "ddpo"))
+        for name, global_std in (("grpo", False), ("grpo, global std", True)):
+            grpo = self._build("grpo", global_std=global_std).advantages(self.raw, values, trained, prompts)
+            found[name] = self._scaled(grpo, within_groups(grpo[:, 0], self.earned[:, 0], self.size.group_size))
+        ddpo = self._build("ddpo").advantages(self.raw, values, trained, prompts)
         whole = self.earned.std(correction=0).reciprocal()
-        found["grpo"] = self._scaled(grpo, within_groups(grpo[:, 0], self.earned[:, 0], self.size.group_size))
         found["ddpo"] = self._scaled(ddpo, whole)
         given = torch.tensor([reward.weight for reward in self.config.rewards]).to(self.raw)
         raw = (self.raw / self.raw.std(0, correction=0)) @ given
@@ -184,10 +186,11 @@ class Credit:
         std = advantages.std(correction=0)
         return Advantages(advantages / std, (slope / std).item() if self.earned.shape[1] == 1 else None)
 
-    def _build(self, name: str) -> Algorithm:
-        options = self.config.algorithm.model_copy(update={"name": name, "group_size": self.size.group_size})
+    def _build(self, name: str, **options: Any) -> Algorithm:
+        options = {"name": name, "group_size": self.size.group_size, **options}
+        algorithm = self.config.algorithm.model_copy(update=options)
         weights = torch.tensor([reward.weight for reward in self.config.rewards], device=self.raw.device)
-        return build_algorithm(self.config.model_copy(update={"algorithm": options}), weights)
+        return build_algorithm(self.config.model_copy(update={"algorithm": algorithm}), weights)
 
     def gradients(self) -> dict[str, dict[str, float]]:
         """By estimator: variance and squared mean of a chunk's gradient of the policy loss at ratio 1."""

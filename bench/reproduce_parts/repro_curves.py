@@ -15,7 +15,8 @@ from repro_grid import GROUPS, REFERENCES, Variant
 from latent_critic.engine.reports import SERIES, STYLE
 
 Curve = tuple[np.ndarray, np.ndarray]  # x and y of one run
-OTHERS = ("pixels", "grpo-options", "critic", "rewards", "cfg", "clip", "steps", "transition")  # by images alone
+# By images alone.
+OTHERS = ("group-std", "pixels", "grpo-options", "critic", "rewards", "cfg", "clip", "steps", "transition")
 PANEL = (6.2, 3.6)  # inches
 COLUMNS = 2
 

@@ -113,6 +113,7 @@ QUICK_GROUPS, QUICK_SEEDS = ("algorithms", "pretraining"), (0, 1)
 GROUPS = {
     "algorithms": "ours against the critic-free algorithms, at equal images",
     "compute": "the critic-free algorithms for as many forwards of the trunk as `ours-long`",
+    "group-std": "what it is worth to GRPO that it divides by a group's std",
     "pixels": "a critic on the predicted picture; the ablations below are compared with this `ours` too",
     "grpo-options": "what the field adds to GRPO",
     "pretraining": "critic-only iterations before PPO, of equally many iterations in all",
@@ -130,6 +131,7 @@ DEFAULT_GROUPS = tuple(group for group in GROUPS if group != "tuning")
 REFERENCES = {group: "ours" for group in DEFAULT_GROUPS} | {
     "algorithms": "ours-long",
     "compute": "ours-long",
+    "group-std": "grpo-long",
     "grpo-options": "grpo",
     "pretraining": "pretraining-0",
     "unet": "unet-ours",
@@ -158,6 +160,12 @@ def variants(scale: Scale = FULL) -> list[Variant]:
         Variant("ddpo-long", "algorithms", "DDPO with the batch's statistics, as many images", ddpo_long),
         Variant("grpo-long-clock", "compute", "GRPO, as many forwards of the trunk", _longer(grpo_long, ours_long)),
         Variant("ddpo-long-clock", "compute", "DDPO, as many forwards of the trunk", _longer(ddpo_long, ours_long)),
+        Variant(
+            "grpo-long-global-std",
+            "group-std",
+            "GRPO with the std of all samples in place of a group's",
+            grpo_long | {"algorithm.global_std": True},
+        ),
         Variant("ours", "pixels", "PPO with the latent critic", ours),
         Variant("ddpo", "pixels", "DDPO: no critic, as many images", ddpo),
         Variant(

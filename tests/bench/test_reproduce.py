@@ -57,6 +57,7 @@ def test_names_and_groups_are_those_of_the_grid():
     assert [name for name in names if VARIANTS[name].group == "pixels"] == ["ours", "ddpo", "pixel"]
     for group in ("algorithms", "pixels", "grpo-options", "pretraining", "unet"):
         assert VARIANTS[repro_grid.REFERENCES[group]].group == group
+    assert VARIANTS[repro_grid.REFERENCES["group-std"]].group == "algorithms"
     assert {repro_grid.REFERENCES[group] for group in ("critic", "rewards", "cfg", "clip", "steps")} == {"ours"}
     kept, seed = repro_runner.KEPT
     assert VARIANTS[kept].config["algorithm"]["name"] == "ppo" and seed in repro_grid.SEEDS
@@ -552,7 +553,10 @@ def test_the_script_lists_and_reports_without_runs(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "nothing"], "--only nothing: unknown; choose of algorithms, compute, pixels, grpo-options"),
+        (
+            ["--only", "nothing"],
+            "--only nothing: unknown; choose of algorithms, compute, group-std, pixels, grpo-options",
+        ),
         (["--quick", "--only", "clip"], "--only clip: not part of --quick; choose of algorithms, pretraining"),
         (["--seeds", "0,-1"], '"0,-1": give whole numbers from 0'),
         (["--jobs", "0"], "--jobs 0: give 1 or more"),

@@ -144,6 +144,12 @@ def test_a_run_is_measured_on_its_own_trajectories(trained, tmp_path, monkeypatc
         assert (abs(numbers.mean().item()) < 1e-5) == (name != "raw reward") and slope > 0
     groups = advantages["grpo"].numbers[:, 0].unflatten(0, (8, 4))
     assert groups.mean(1).abs().max() < 1e-4
+    rewards = credit.earned[:, 0].unflatten(0, (8, 4))
+    apart = (rewards - rewards.mean(1, keepdim=True)).flatten()
+    global_std = advantages["grpo, global std"]
+    torch.testing.assert_close(global_std.numbers[:, 0], apart / apart.std(correction=0), rtol=1e-4, atol=1e-5)
+    # Less by the quarter that a sample is of its group's mean.
+    assert global_std.slope == pytest.approx(0.75 / apart.std(correction=0).item(), rel=1e-4)
     gae = advantages["GAE, lambda 1"]
     errors = (returns - trajectory.values)[:, :3, 0]
     torch.testing.assert_close(gae.numbers, (errors - errors.mean()) / errors.std(correction=0))

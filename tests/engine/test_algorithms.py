@@ -22,16 +22,21 @@ from latent_critic.kernels.transition import transition_step
 
 from . import tiny_runs
 
-NAMES = ["ppo", "grpo", "ddpo", "ddpo, prompt"]
+NAMES = ["ppo", "grpo", "grpo, global std", "ddpo", "ddpo, prompt"]
+
+
+def algorithm_options(name):
+    name, _, statistics = name.partition(", ")
+    return {"name": name} | {"global std": {"global_std": True}, "prompt": {"reward_statistics": "prompt"}}.get(
+        statistics, {}
+    )
 
 
 def build(name, weights=(1.0,), heads="per-reward", **options):
-    """An algorithm of this name, or "ddpo, prompt", for rewards of these weights."""
-    name, _, statistics = name.partition(", ")
-    if statistics:
-        options["reward_statistics"] = statistics
+    """An algorithm of one of NAMES, for rewards of these weights."""
+    options |= algorithm_options(name)
     rewards = [{"name": f"reward {i}", "weight": weight} for i, weight in enumerate(weights)]
-    sections = {"rewards": rewards, "algorithm": {"name": name, **options}, "critic": {"heads": heads}}
+    sections = {"rewards": rewards, "algorithm": options, "critic": {"heads": heads}}
     return build_algorithm(Config.model_validate(sections), torch.tensor(weights))
 
 
@@ -160,6 +165,13 @@ def test_grpo_by_hand():
     """Groups 1 2 3 (mean 2, population std 0.8164966) and 0 0 3 (mean 1, std 1.4142136), with 1e-4 beside a std."""
     found = learn(build("grpo", group_size=3), column(1.0, 2.0, 3.0, 0.0, 0.0, 3.0), torch.zeros(6, 3, 0))
     one_step = [-1.2245948, 0.0, 1.2245948, -0.7070568, -0.7070568, 1.4141136]
+    assert_near(found, [[advantage] * 2 for advantage in one_step], 1e-6)
+
+
+def test_grpo_by_hand_with_the_std_of_all():
+    """The same groups: mean 1.5, squared deviations 0.25 0.25 2.25 2.25 2.25 2.25, population std 1.2583057."""
+    found = learn(build("grpo, global std", group_size=3), column(1.0, 2.0, 3.0, 0.0, 0.0, 3.0), torch.zeros(6, 3, 0))
+    one_step = [-0.7946563, 0.0, 0.7946563, -0.7946563, -0.7946563, 1.5893126]
     assert_near(found, [[advantage] * 2 for advantage in one_step], 1e-6)
 
 
@@ -298,7 +310,7 @@ def test_state_goes_on_to_the_bit(name, tmp_path):
         assert torch.equal(learn(resumed, raw, values, texts=texts), expected)
         fresh = learn(build(name, (2.0, 1.0), group_size=4), raw, values, texts=texts)
         # PPO's statistics stay those of before in part, and a prompt's; the others have none.
-        assert torch.equal(fresh, expected) == (name in ("grpo", "ddpo"))
+        assert torch.equal(fresh, expected) == (name not in ("ppo", "ddpo, prompt"))
     after, again = went.state_dict(), resumed.state_dict()
     assert after.keys() == again.keys() and all(torch.equal(after[key], again[key]) for key in after)
     expected = {"ppo": {"count", "mean", "sum_squared_deviation"}, "ddpo, prompt": {f"history/{t}" for t in texts}}
@@ -321,8 +333,7 @@ def test_two_processes_estimate_what_one_does(tmp_path):
     iterations = [drawn(32, seed) for seed in range(2)]
     configs = {}
     for name in NAMES:
-        kind, _, statistics = name.partition(", ")
-        options = {"name": kind, "group_size": 4} | ({"reward_statistics": statistics} if statistics else {})
+        options = {"group_size": 4} | algorithm_options(name)
         rewards = [{"name": "a", "weight": 2.0}, {"name": "b"}]
         configs[name] = Config.model_validate({"rewards": rewards, "algorithm": options}).model_dump(mode="json")
     run = tiny_runs.Run(tmp_path, "estimate", configs, iterations, ranks=2)

@@ -299,8 +299,8 @@ class AlgorithmConfig(_Section):
     kl_coef: float = Field(
         0.0,
         ge=0,
-        description="Weight of the mean squared distance of predictions from the base model's (Flow-GRPO's KL, 0.04 "
-        "there); above 0 the base model stays in memory and takes a forward of each training pass",
+        description="Weight of the KL from the base model's transition, of a number of the latent (arXiv 2505.05470); "
+        "above 0 the base model stays in memory and takes a forward of each training pass",
     )
     ratio_normalization: bool = Field(
         False,

@@ -15,11 +15,15 @@ class Likelihood(NamedTuple):
     """Of n steps of B samples, [B, n]."""
 
     log_probs: Tensor
-    distance: Tensor | None  # mean squared, of the predictions from the reference's: Flow-GRPO's KL up to its weight
+    reference_kl: Tensor | None  # KL from the reference's transition, of a number of the latent as log_probs are
 
 
 def likelihood(trajectory: Trajectory, part: Part, prediction: Tensor, reference: Tensor | None = None) -> Likelihood:
-    """prediction, reference: [B n, C, H, W]."""
+    """prediction, reference: [B n, C, H, W].
+
+    Two transitions have one std, so KL = (mu - mu_ref)^2 / (2 s^2) = b^2 / (2 s^2) (v - v_ref)^2: Flow-GRPO's (arXiv
+    2505.05470), for any transition.
+    """
     latents, table = trajectory.latents[part.samples], trajectory.table
     found = []
     for i, k in enumerate(range(part.steps.start, part.steps.stop)):
@@ -27,9 +31,11 @@ def likelihood(trajectory: Trajectory, part: Part, prediction: Tensor, reference
         if reference is None:
             found.append((transition_log_prob(*here), None))
         else:
-            found.append(transition_log_prob(*here, reference.unflatten(0, (len(latents), -1))[:, i]))
-    log_probs, distances = zip(*found, strict=True)
-    return Likelihood(torch.stack(log_probs, 1), None if reference is None else torch.stack(distances, 1))
+            log_prob, distance = transition_log_prob(*here, reference.unflatten(0, (len(latents), -1))[:, i])
+            _, b, s = table[k]
+            found.append((log_prob, distance * (b / s).square() / 2))
+    log_probs, kls = zip(*found, strict=True)
+    return Likelihood(torch.stack(log_probs, 1), None if reference is None else torch.stack(kls, 1))
 
 
 def normalize_ratios(trajectory: Trajectory, part: Part, prediction: Tensor, log_probs: Tensor) -> Tensor:

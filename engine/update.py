@@ -173,7 +173,7 @@ class Updater:
         inputs = _inputs(trajectory, part, unconditional)
         reference = model.reference_prediction(*inputs) if options.kl_coef else None
         prediction, values = model(*inputs)
-        log_probs, distance = likelihood(trajectory, part, prediction, reference)
+        log_probs, kl = likelihood(trajectory, part, prediction, reference)
         old_log_probs, first = trajectory.log_probs[where], trajectory.trained_steps.start
         trained = slice(part.steps.start - first, part.steps.stop - first)
         advantages, zero = outcome.advantages[part.samples, trained], torch.zeros((), device=old_log_probs.device)
@@ -197,8 +197,8 @@ class Updater:
             loss, policy = policy_loss(compared, old_log_probs, advantages, options.clip_range)
             losses = [loss.detach(), zero]
         reference_kl = zero
-        if distance is not None:
-            loss, reference_kl = loss + options.kl_coef * distance.mean(), distance.detach().mean()
+        if kl is not None:
+            loss, reference_kl = loss + options.kl_coef * kl.mean(), kl.detach().mean()
         *means, deviation = policy
         terms = torch.stack([*(part.weight * mean for mean in (*losses, *means, reference_kl)), deviation])
         steps = outcome.advantages.shape[1]

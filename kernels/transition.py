@@ -416,8 +416,8 @@ def transition_log_prob(
 
     Bit-identical with what `transition_step` returned for the same v, z and z_next, so that the importance ratio of a
     fresh batch is exactly 1. `z_next` gets no gradient. With `v_ref`, a reference model's prediction, the result is
-    (log_prob, distance): `distance` [B] is the velocity-space KL of Flow-GRPO up to its weight, differentiable in v.
-    ValueError names the argument that does not fit.
+    (log_prob, distance), both differentiable in v: `distance` [B] times b^2 / (2 s^2) is the KL from the reference's
+    transition. ValueError names the argument that does not fit.
     """
     _validate(v, z, table, step, z_next=z_next)
     if v_ref is not None and (v_ref.dtype != v.dtype or v_ref.shape != v.shape):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
+from torch.distributions import Normal, kl_divergence
 
 from latent_critic.engine.errors import TrainingError
 from latent_critic.engine.inference_copy import InferenceCopy
@@ -136,7 +137,7 @@ class Reference:
     def run(self, trajectory, advantages, returns, unconditional, seed, train_policy):
         config, size = self.config, self.config.rollout.micro_batch_size
         updates, norms, losses = config.training.updates_per_iteration, [], []
-        self.distances = []
+        self.kls = []
         batches = torch.randperm(
             len(trajectory.latents) // size, generator=torch.Generator().manual_seed(seed)
         ).tolist()
@@ -170,9 +171,11 @@ class Reference:
                         policy = -torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain).mean()
                         with torch.no_grad():
                             base = self.model.backbone.predict(self.base, z, t, conditioning)
-                        distance = (v - base).square().mean()
-                        loss = policy + config.critic.value_coef * value + config.algorithm.kl_coef * distance
-                        self.distances.append(distance.item())
+                        mean, std = a * z + b * v, torch.tensor(s)
+                        here, there = Normal(mean, std), Normal(a * z + b * base, std)
+                        kl = kl_divergence(here, there).mean()
+                        loss = policy + config.critic.value_coef * value + config.algorithm.kl_coef * kl
+                        self.kls.append(kl.item())
                     total.append(loss / (len(mine) * len(steps)))
                     losses.append((policy.item(), value.item()))
             sum(total).backward()
@@ -245,7 +248,7 @@ def test_equals_plain_pytorch(start, tiny_model, case, at_once):
             assert math.hypot(*norms) > 0.5  # the gradient clip has something to do
             assert (found["first_ratio"] == 1.0 and found["first_ratio_deviation"] == 0.0) == fresh
             if run.config.algorithm.kl_coef:  # of order 1e-5, as far as an update goes; 0 in the first
-                mean = sum(reference.distances) / len(reference.distances)
+                mean = sum(reference.kls) / len(reference.kls)
                 assert found["reference_kl"] == pytest.approx(mean, rel=1e-2) and mean > 1e-6
             assert ("reference_kl" in found) == (run.config.algorithm.kl_coef > 0)
             fresh = False

@@ -1,6 +1,7 @@
 """Configuration: what is accepted, and the exact message for what is not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -590,6 +591,18 @@ def test_the_readme_of_configs_is_in_sync(tmp_path):
     rewritten.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     write_key_table(Config, rewritten)
     assert rewritten.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), "run `make docs`"
+
+
+def test_those_who_come_from_elsewhere_find_keys_that_exist():
+    keys = set(re.findall(r"^\| `([\w.]+)`", key_table(Config), re.MULTILINE))
+    page = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z_]+(?:\.\w+)?)`", "".join(_first_cells(page, "Coming from")))
+    assert len(named) > 20 and set(named) <= keys
+
+
+def _first_cells(page, heading):
+    section = page.split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
+    return [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
 
 
 def test_steps_of_a_critic_only_pass():

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from steer_runs import MODELS
 
 from latent_critic.engine.reports import SERIES, STYLE
@@ -163,6 +164,7 @@ def _plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                     mean, _ = _mean(_by_prompt(cells[name], "composition"))
                     axes.plot(passes(cells[name]), mean, marker, color="black", markersize=9, label=name, zorder=3)
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
             axes.set_xlabel("passes of the trunk for a picture, forward and backward")
             axes.set_ylabel("held-out composition")
             axes.set_title(f"From {TITLES[model]}")

@@ -2,9 +2,11 @@
 
 PyTorch gives float32 products to MKL, which has AVX-512 code for Intel's processors alone: on an AMD EPYC of Zen 5 it
 reaches 115 GFLOP/s a core, oneDNN 265. PyTorch has no switch for it, but a convolution goes to oneDNN: a linear layer
-is one with a filter of a single pixel. Its backward is oneDNN's as well.
+is one with a filter of a single pixel. Its backward is oneDNN's as well. Zen 4 has AVX-512 in two halves, where both
+reach 95 to 100 GFLOP/s on large products, and MKL takes 8 to 10 % less time for tiny-dit's passes.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn import functional
 # one pixel on fewer than 16 pictures, unless they are dilated (which means nothing for one pixel).
 _SMALL_PICTURE = 20_480
 _DILATION = (1, 2)
+ZEN_5 = 0x1A  # AMD's first family of processors with whole AVX-512 units
 
 
 class OneDNNLinear(nn.Linear):
@@ -47,7 +50,10 @@ def _mkl_is_slow() -> bool:
     backends = torch.backends
     if not (backends.mkl.is_available() and backends.mkldnn.is_available()):
         return False
-    return backends.cpu.get_cpu_capability().startswith("AVX512") and "AuthenticAMD" in _processor()
+    facts = _processor()
+    family = re.search(r"^cpu family\s*: (\d+)$", facts, re.MULTILINE)
+    is_zen_5 = "AuthenticAMD" in facts and family is not None and int(family[1]) >= ZEN_5
+    return is_zen_5 and backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _processor() -> str:

@@ -124,10 +124,12 @@ def test_where_it_is_used(mkl_is_slow):
 @pytest.mark.parametrize(
     "capability, processor, mkl, expected",
     [
-        ("AVX512", "vendor_id\t: AuthenticAMD", True, True),
-        ("AVX512", "vendor_id\t: GenuineIntel", True, False),
-        ("AVX2", "vendor_id\t: AuthenticAMD", True, False),
-        ("AVX512", "vendor_id\t: AuthenticAMD", False, False),
+        ("AVX512", "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", True, True),
+        ("AVX512", "vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", True, False),  # Zen 4
+        ("AVX512", "vendor_id\t: GenuineIntel\ncpu family\t: 26\n", True, False),
+        ("AVX2", "vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", True, False),
+        ("AVX512", "vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", False, False),
+        ("AVX512", "vendor_id\t: AuthenticAMD\n", True, False),
         ("AVX512", "", True, False),
     ],
 )

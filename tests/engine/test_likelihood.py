@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
 from latent_critic.engine.likelihood import likelihood, normalize_ratios
 from latent_critic.engine.noise import keyed_noise
@@ -44,7 +45,7 @@ def test_likelihood_is_the_transitions_at_each_step(table, part):
     trajectory, predictions = draw(table=table)
     of_part = moved_by(predictions)[part.samples, part.steps].requires_grad_()
     found = likelihood(trajectory, part, of_part.flatten(0, 1))
-    assert found.distance is None and found.log_probs.shape == of_part.shape[:2]
+    assert found.reference_kl is None and found.log_probs.shape == of_part.shape[:2]
     for i, k in enumerate(range(STEPS)[part.steps]):
         z, z_next = trajectory.latents[part.samples, k], trajectory.latents[part.samples, k + 1]
         assert torch.equal(found.log_probs[:, i], transition_log_prob(of_part[:, i], z, z_next, trajectory.table, k))
@@ -60,21 +61,25 @@ def test_the_same_policy_has_the_rollouts_likelihood_to_the_bit(part):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_distance_is_the_mean_square_of_what_lies_between_predictions(part):
+@pytest.mark.parametrize("table", TABLES)
+def test_the_kl_is_that_of_the_two_gaussians(table, part):
     """In float64, of float32 squares of order 0.0025; with a gradient to the policy's and none to the reference's."""
-    trajectory, predictions = draw()
+    trajectory, predictions = draw(table=table)
     reference = predictions[part.samples, part.steps].clone().requires_grad_()
     mine = moved_by(predictions)[part.samples, part.steps].requires_grad_()
     found = likelihood(trajectory, part, mine.flatten(0, 1), reference.flatten(0, 1))
-    expected = (mine.double() - reference.double()).square().mean((2, 3, 4))
-    torch.testing.assert_close(found.distance.double(), expected, rtol=1e-5, atol=0)
+    z = trajectory.latents[part.samples, part.steps].double()
+    a, b, s = trajectory.table.double()[part.steps, :, None, None, None].unbind(1)
+    here, there = (Normal(a * z + b * v.double(), s.expand_as(z)) for v in (mine, reference))
+    expected = kl_divergence(here, there).mean((2, 3, 4))
+    torch.testing.assert_close(found.reference_kl.double(), expected, rtol=1e-5, atol=0)
     assert torch.equal(found.log_probs, likelihood(trajectory, part, mine.flatten(0, 1)).log_probs)
-    gradients = torch.autograd.grad(found.distance.sum(), [mine, reference], allow_unused=True)
-    per_sample = mine[0, 0].numel()
-    torch.testing.assert_close(gradients[0], 2 * (mine - reference).detach() / per_sample, rtol=1e-5, atol=1e-9)
+    gradients = torch.autograd.grad(found.reference_kl.sum(), [mine, reference], allow_unused=True)
+    (wanted,) = torch.autograd.grad(expected.sum(), mine)
+    torch.testing.assert_close(gradients[0], wanted, rtol=1e-5, atol=1e-9)
     assert gradients[1] is None or not gradients[1].any()
     same = likelihood(trajectory, part, reference.flatten(0, 1), reference.flatten(0, 1))
-    assert torch.equal(same.distance, torch.zeros_like(expected, dtype=torch.float32))
+    assert torch.equal(same.reference_kl, torch.zeros_like(expected, dtype=torch.float32))
 
 
 # --------------------------------------------------------------------------------------------------- GRPO-Guard's ratio

@@ -131,7 +131,7 @@ def export(
         name, save = "pipeline", backbone.save
     with _new_folder(folder / name) as partial:
         save(trunk, partial)
-        write_model_card(partial, config, run_dir)
+        write_model_card(partial, config, run_dir, type(backbone.pipe))
     if critic_trunk is not None:
         with _new_folder(folder / "critic_trunk") as partial:
             backbone.save_trunk(critic_trunk, partial)

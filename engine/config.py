@@ -166,7 +166,7 @@ class RolloutConfig(_Section):
         gt=0,
         le=2,
         description="Noise of the transition: `a` 0.7 for flow-sde, `eta` 0.3 for dance-sde, `a` 0.8 for cps, `eta` 1 "
-        "for ddim; at most 1 for cps and ddim",
+        "for ddim; at most 1 for cps and ddim. The default is flow-sde's whatever the transition",
     )
     num_inference_steps: int = Field(
         10, ge=2, le=1000, description="Denoising steps of a trajectory (SD3.5-M 40, quick 10; SD1.5 50)"
@@ -273,8 +273,8 @@ class AlgorithmConfig(_Section):
         2e-3,
         gt=0,
         lt=1,
-        description="Clip of the probability ratio. Belongs to a latent of n numbers, near 6.6 / n: 1e-4 for SD3.5-M, "
-        "1e-5 for SD1.5",
+        description="Clip of the probability ratio. Belongs to a latent of n numbers: 1e-4 for SD3.5-M at 512 px, "
+        "which is 6.6 / n, and 1e-5 for SD1.5 (arXiv 2605.27736)",
     )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount a denoising step (GAE, arXiv 1506.02438)")
     lam: float = Field(
@@ -418,7 +418,7 @@ class TrainingConfig(_Section):
         description="Keep an average of the policy's weights, of which an update is 1 - decay: what is evaluated and "
         "exported. null is none",
     )
-    checkpoint_every: int = Field(10, ge=1, description="Iterations between checkpoints")
+    checkpoint_every: int = Field(10, ge=1, description="Iterations between checkpoints, value pretraining counted")
 
 
 class EarlyStopConfig(_Section):
@@ -441,7 +441,11 @@ class EarlyStopConfig(_Section):
 class EvaluationConfig(_Section):
     """Held-out evaluation: the same prompts and seeds each time, deterministic (ODE) sampling."""
 
-    every: int = Field(10, ge=0, description="Iterations between evaluations; 0 is only before and after the run")
+    every: int = Field(
+        10,
+        ge=0,
+        description="Iterations between evaluations, value pretraining among them; 0: before and after the run",
+    )
     num_prompts: int = Field(512, ge=2, description="Prompts of an evaluation, one image each")
     num_inference_steps: int = Field(10, ge=1, le=1000, description="Denoising steps of an evaluation image")
     guidance_scale: float = Field(
@@ -523,7 +527,8 @@ class Config(_Section):
         if self.has_critic and self.critic.feature_dropout and not (reads_taps and self.keeps_features):
             mistakes.append(
                 f"critic.feature_dropout = {self.critic.feature_dropout}: only critic-only passes on kept features "
-                'drop any; needs critic.trunk = "shared-detached", training.keep_features and training.critic_epochs'
+                'drop any; needs critic.trunk = "shared-detached", training.keep_features and training.critic_epochs, '
+                "or 0 in its place"
             )
         for name in ("lam", "value_lam"):
             lam = getattr(self.algorithm, name)

@@ -16,7 +16,8 @@ from .config import Config, CriticConfig, RewardConfig, RolloutConfig
 from .errors import UserError
 from .reward_stats import sum_of_rewards
 
-KEPT = {"name", "weight", "params"}  # of a reward: not where it was scored, for a stranger's file names no server
+KEPT = {"name", "weight", "params"}  # of a reward: not where it was scored
+CALLS_OUT = {"base_url", "api_key_env"}  # parameters by which pictures leave the machine
 
 
 def describe_critic(config: Config, taps: list[int], names: list[str], units: dict[str, Tensor]) -> dict[str, str]:
@@ -29,6 +30,7 @@ def describe_critic(config: Config, taps: list[int], names: list[str], units: di
         "rollout": config.rollout.model_dump_json(),
         "units": json.dumps({name: numbers.tolist() for name, numbers in units.items()}),
         "model": config.model.pretrained,
+        "max_sequence_length": str(config.model.max_sequence_length),
     }
 
 
@@ -53,6 +55,17 @@ class TrainedCritic:
             raise UserError(f"weights: this critic has no value of {unknown[0]}; it has {', '.join(self.names)}")
         return torch.tensor([given.get(name, 0.0) for name in self.names], dtype=torch.float32)
 
+    def harmless_rewards(self) -> list[RewardConfig]:
+        """Those that may be built because a file names them, whoever made it. UserError for one that would run code or
+        send pictures away."""
+        for reward in self.rewards:
+            if ":" in reward.name or CALLS_OUT & reward.params.keys():
+                raise UserError(
+                    f"this critic's file names the reward {reward.name}, which runs code or calls a server that the "
+                    "file chose; give the rewards yourself (rewards=..., or sample.py --run with the run's own critic)"
+                )
+        return self.rewards
+
     def standardize(self, raw: Tensor) -> Tensor:
         """Rewards [N, R] in the critic's units, float32 [N, M]."""
         rewards = ((raw.double() - self.mean.to(raw.device)) / self.std.to(raw.device)).float()
@@ -61,12 +74,17 @@ class TrainedCritic:
         return rewards
 
 
+def prompt_length(path: Path) -> int:
+    """`model.max_sequence_length` of the run: a critic on prompts of another length reads other features."""
+    return int(_header(path).get("max_sequence_length", 256))
+
+
 def load_critic(path: Path, backbone: Backbone) -> TrainedCritic:
     """Builds the critic of a `critic.safetensors` on the backbone's trunk, which is frozen and tapped.
 
     A trunk of its own is read from `critic_trunk/` beside it. Raises UserError where the file is of another model.
     """
-    weights, about = _read(path)
+    about, weights = _header(path), load_file(path)
     config = CriticConfig.model_validate_json(about["critic"])
     if config.trunk == "pixels":
         raise UserError(f"{path}: a critic on pixels has no gradient to latents; train one with critic.trunk another")
@@ -109,17 +127,19 @@ def load_critic(path: Path, backbone: Backbone) -> TrainedCritic:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _header(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a run writes critic.safetensors at its end, engine/export.py before it")
+        raise UserError(
+            f"{path}: no such file; a run with a critic (algorithm.name ppo) writes critic.safetensors at its end, "
+            "engine/export.py before it"
+        )
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-        weights = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file: {error}") from error
     if missing := [key for key in ("critic", "taps", "values", "rollout", "units") if key not in about]:
         raise UserError(
             f"{path}: not a critic of this engine (its header has no {missing[0]}); engine/export.py makes one"
         )
-    return weights, about
+    return about

@@ -1,15 +1,17 @@
 """The README.md of an exported model: what it is, how it was trained, what it scores, and at which settings."""
 
+import inspect
 import json
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from .config import Config
 
 
-def write_model_card(folder: Path, config: Config, run_dir: Path) -> None:
-    """folder: a pipeline, or LoRA's factors. run_dir: of the run, whose evaluations are told."""
+def write_model_card(folder: Path, config: Config, run_dir: Path, pipeline: type[DiffusionPipeline]) -> None:
+    """folder: a pipeline of this class, or LoRA's factors for one. run_dir: of the run, whose evaluations are told."""
     model, recipe = config.model, describe_recipe(config)
     data = ModelCardData(
         library_name="diffusers",
@@ -19,7 +21,7 @@ def write_model_card(folder: Path, config: Config, run_dir: Path) -> None:
     )
     lines = ["", f"# {recipe['base model']}, post-trained with latent-critic", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in recipe.items()]
-    lines += ["", *_scores(run_dir), "## Use", "", "```python", *_usage(config), "```", ""]
+    lines += ["", *_scores(run_dir), "## Use", "", "```python", *_usage(config, pipeline), "```", ""]
     ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines)).save(folder / "README.md")
 
 
@@ -80,9 +82,11 @@ def _scores(run_dir: Path) -> list[str]:
     return [*lines, ""]
 
 
-def _usage(config: Config) -> list[str]:
+def _usage(config: Config, pipeline: type[DiffusionPipeline]) -> list[str]:
     settings = config.evaluation
     call = f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}"
+    if "max_sequence_length" in inspect.signature(pipeline.__call__).parameters:
+        call += f", max_sequence_length={config.model.max_sequence_length}"
     lines = ["from diffusers import DiffusionPipeline", ""]
     if config.model.lora:
         lines += [

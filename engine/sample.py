@@ -36,21 +36,20 @@ def arguments() -> argparse.Namespace:
     steering = parser.add_argument_group("steering")
     steering.add_argument("--steer", choices=STEERING, help="guidance by the critic, best of N (bon), SMC, or two")
     steering.add_argument("--critic", type=Path, help="a critic.safetensors (default: the run's)")
-    steering.add_argument("--scale", type=float, default=4.0, help="of guidance, in p(z) exp(scale V) (default: 4)")
+    steering.add_argument("--scale", type=float, help="of guidance, in p(z) exp(scale V) (default: 4)")
     steering.add_argument("--window", metavar="START:END", help="steps that are guided, END excluded (default: all)")
-    steering.add_argument("--particles", type=int, default=4, help="samples of a prompt, of bon and smc (default: 4)")
-    steering.add_argument(
-        "--by", choices=("value", "reward"), default="value", help="what judges them on the way (default: value)"
-    )
+    steering.add_argument("--particles", type=int, help="samples of a prompt, of bon and smc (default: 4)")
+    steering.add_argument("--by", choices=("value", "reward"), help="what judges them on the way (default: value)")
     steering.add_argument("--keep", choices=("value", "reward"), help="what the best is chosen by (default: as --by)")
-    steering.add_argument("--smc_scale", type=float, default=10.0, help="in SMC's weights exp(scale V) (default: 10)")
+    steering.add_argument(
+        "--smc_scale", type=float, help="in SMC's weights exp(scale V) (default: 3 by value, 10 by reward)"
+    )
     steering.add_argument(
         "--resample_every", type=int, metavar="STEPS", help="SMC: at fixed steps (default: when weights degenerate)"
     )
     steering.add_argument(
         "--weight",
         action="append",
-        default=[],
         metavar="REWARD=NUMBER",
         help="of the critic's values; 0 for others",
     )
@@ -67,15 +66,35 @@ def main() -> None:
         draw(args)
 
 
+def check_steering(args: argparse.Namespace) -> None:
+    """UserError for an option that would do nothing."""
+    from latent_critic.engine.errors import UserError
+
+    way = args.steer or ""
+    needs = {
+        "--steer": (not args.steer, ("critic", "weight")),
+        "--steer guidance": ("guidance" not in way, ("scale", "window")),
+        "--steer bon or smc": (way in ("", "guidance"), ("particles", "by", "keep")),
+        "--steer smc": ("smc" not in way, ("smc_scale", "resample_every")),
+    }
+    for wanted, (is_missing, names) in needs.items():
+        for name in names:
+            if is_missing and getattr(args, name) is not None:
+                raise UserError(f"--{name} does nothing without {wanted}")
+    if args.stock and args.steer:
+        raise UserError("--stock draws by the stock pipeline, which is not steered; give --stock or --steer")
+
+
 def draw(args: argparse.Namespace) -> None:
     # After the arguments, so that --help and their mistakes answer at once.
     import torch
     from diffusers.utils.logging import disable_progress_bar
 
     from latent_critic.engine.backbones import load_backbone
+    from latent_critic.engine.critic_file import prompt_length
     from latent_critic.engine.drawing import draw_as_evaluated, draw_by_stock_pipeline
     from latent_critic.engine.errors import UserError
-    from latent_critic.engine.prompts import load_prompts
+    from latent_critic.engine.prompts import Prompt, load_prompts
     from latent_critic.engine.reports import save_grid
     from latent_critic.engine.saved_run import SavedRun
     from latent_critic.engine.world import resolve_dtype
@@ -85,25 +104,30 @@ def draw(args: argparse.Namespace) -> None:
         raise UserError("--count and --batch_size take 1 or more")
     if not args.output.absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: its folder does not exist")
+    check_steering(args)
     run = SavedRun(args.run) if args.run else None
-    texts = args.prompts
-    if not texts:
+    prompts = [Prompt(text) for text in args.prompts]
+    if not prompts:
         source = args.prompts_from or (run.config.prompts.eval if run else None)
         if source is None:
             raise UserError("give one prompt or more, or --prompts_from with a file of them")
-        texts = [prompt.text for prompt in load_prompts(source)]
+        prompts = load_prompts(source)
     count = args.count or (len(args.prompts) or 16)
-    texts = [texts[i % len(texts)] for i in range(count)]
+    prompts = [prompts[i % len(prompts)] for i in range(count)]
+    texts = [prompt.text for prompt in prompts]
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(run.config.model.dtype if run else "auto", device)
-    backbone = run.backbone(dtype, args.resolution) if run else load_backbone(args.model, 512, args.resolution, dtype)
+    if run:
+        backbone = run.backbone(dtype, args.resolution)
+    else:
+        backbone = load_backbone(args.model, prompt_length(args.critic) if args.critic else 512, args.resolution, dtype)
     chosen = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if args.steer:
         from latent_critic.engine.steering.command import draw_steered
 
-        images = draw_steered(args, run, backbone, texts, device, chosen)
+        images = draw_steered(args, run, backbone, prompts, device, chosen)
     elif run and not args.stock:
         evaluated = {
             name: getattr(run.config.evaluation, name) for name in ("num_inference_steps", "guidance_scale", "seed")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from latent_critic.engine.backbones.onednn import use_onednn
 from latent_critic.engine.config import RewardConfig
 from latent_critic.engine.critic_file import load_critic
+from latent_critic.engine.errors import UserError
 from latent_critic.engine.prompts import Prompt, load_prompts, load_sources
 from latent_critic.engine.rewards import build_rewards, score_all
 from latent_critic.engine.saved_run import SavedRun
@@ -53,7 +54,7 @@ TUNED = {"guidance": [(scale, Way("", 1, Guidance(scale))) for scale in GUIDANCE
 
 class Bench:
     def __init__(self, folder: Path, prompts: int, seeds: int, most: int):
-        self.folder, self.seeds, self.most = folder, seeds, most
+        self.name, self.seeds, self.most = folder.name, seeds, most
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.run_config = SavedRun(folder).config
         held_out = load_prompts(self.run_config.prompts.eval)
@@ -65,10 +66,14 @@ class Bench:
         self.watched = build_rewards([RewardConfig(name=name) for name in WATCHED])
 
     def run(self, path: Path) -> None:
-        """Writes scales and each cell as they are there."""
+        """Writes scales and each cell as they are there. UserError where those in the file are of other settings."""
         kept = {"scales": {}, "tried": {}, "cells": {}}
         kept |= json.loads(path.read_text()) if path.exists() else {}
-        kept |= {"about": about(), "prompts": len(self.prompts)}
+        settings = {"run": self.name, "prompts": len(self.prompts), "seeds": self.seeds}
+        for name, value in settings.items():
+            if kept.setdefault(name, value) != value:
+                raise UserError(f"{path} has cells of {name} {kept[name]}, not {value}; give another --output-dir")
+        kept["about"] = about()
         path.parent.mkdir(parents=True, exist_ok=True)
         for name, candidates in TUNED.items():
             if name not in kept["scales"] and (name == "guidance" or self.most > 1):
@@ -78,12 +83,12 @@ class Bench:
         ways = list(self.ways(kept["scales"]))
         for way in tqdm(ways, desc=path.stem):
             if way.name not in kept["cells"]:
-                kept["cells"][way.name] = self.cell(way)
+                kept["cells"][way.name] = self.cell(way) | {"commit": kept["about"]["commit"]}
                 kept["cells"] = {each.name: kept["cells"][each.name] for each in ways if each.name in kept["cells"]}
                 path.write_text(json.dumps(kept) + "\n")
 
     def chosen_by(self, way: Way) -> float:
-        """The trained reward on training prompts, which held-out ones share nothing with."""
+        """Composition on training prompts, which held-out ones share nothing with."""
         prompts = [prompt for source in load_sources(self.run_config.prompts.train) for prompt in source.prompts]
         prompts = [prompts[i * len(prompts) // CHOOSING] for i in range(CHOOSING)]
         found, _ = self.draw(way, prompts, SEED - 1)

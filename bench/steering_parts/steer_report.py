@@ -73,7 +73,7 @@ def _section(model: str, results: Mapping[str, Any]) -> list[str]:
         *("passes", "decoded", "s a picture"),
     )
     rows = [head, ["---"] * len(head), *(_row(name, cell, cells["unsteered"]) for name, cell in cells.items())]
-    seeds = len(cells["unsteered"]["scores"]["composition"])
+    commits = ", ".join(dict.fromkeys(cell["commit"] for cell in cells.values()))
     chosen = "; ".join(
         f"{'SMC ' * name.startswith('by')}{name} {results['scales'][name]:g} "
         f"({', '.join(f'{scale:g} -> {reward:.4f}' for scale, reward in pairs)})"
@@ -82,7 +82,7 @@ def _section(model: str, results: Mapping[str, Any]) -> list[str]:
     return [
         f"## From {TITLES[model]}",
         "",
-        f"{results['prompts']} prompts, {seeds} seeds. `{where['command']}`, commit {where['commit']}, "
+        f"{results['prompts']} prompts, {results['seeds']} seeds. `{where['command']}`, commits {commits}, "
         f"{where['processor']}, " + ", ".join(f"{name} {version}" for name, version in where["versions"].items()),
         "",
         f"Scales chosen on training prompts, by composition: {chosen}.",

@@ -1,5 +1,6 @@
 """FLUX.1 (dev and schnell): `FluxPipeline` folders. Flow matching on latents that the transformer takes as tokens."""
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,7 +58,8 @@ class FluxBackbone(Backbone):
     def schedule(
         self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
     ) -> Schedule:
-        scheduler, options = self.pipe.scheduler, self.pipe.scheduler.config
+        scheduler = copy.deepcopy(self.pipe.scheduler)  # a pipeline's own may be in the middle of a call
+        options = scheduler.config
         mu = calculate_shift(
             len(self._image_ids),
             options.base_image_seq_len,

@@ -1,5 +1,6 @@
 """FLUX.2 klein (4B and 9B, base and step-distilled): `Flux2KleinPipeline` folders."""
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,7 +63,7 @@ class Flux2Backbone(Backbone):
     def schedule(
         self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
     ) -> Schedule:
-        scheduler = self.pipe.scheduler
+        scheduler = copy.deepcopy(self.pipe.scheduler)  # a pipeline's own may be in the middle of a call
         mu = compute_empirical_mu(len(self._image_ids), num_inference_steps)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
         return flow_schedule(scheduler.sigmas.float().cpu(), transition, noise_level, num_trained_steps)

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5: `StableDiffusion3Pipeline` folders."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,8 @@ class SD3Backbone(Backbone):
     def schedule(
         self, transition: str, noise_level: float, num_inference_steps: int, num_trained_steps: int | None = None
     ) -> Schedule:
-        scheduler, options = self.pipe.scheduler, self.pipe.scheduler.config
+        scheduler = copy.deepcopy(self.pipe.scheduler)  # a pipeline's own may be in the middle of a call
+        options = scheduler.config
         shift = {}
         if options.use_dynamic_shifting:
             tokens = (self.latent_shape[1] // self.trunk.config.patch_size) ** 2

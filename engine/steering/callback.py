@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..backbones import backbone_of
-from ..critic_file import load_critic
+from ..critic_file import load_critic, prompt_length
 from ..errors import UserError
 from .guidance import Guidance
 
@@ -19,7 +19,8 @@ class GuidanceCallback:
         callback = GuidanceCallback(pipe, "critic.safetensors", prompts, Guidance(4.0))
         images = pipe(prompts, callback_on_step_end=callback).images
 
-    prompts: those of the call; num_images_per_prompt as in it. The first step is not steered. It takes a forward and a
+    prompts: those of the call; num_images_per_prompt and max_sequence_length as in it (None: as the critic was
+    trained, which is what the call should have too). The first step is not steered. It takes a forward and a
     backward a step beside the pipeline's own; `steer` takes both from one. For pipelines whose latents are pictures
     [B, C, H, W]; FLUX packs them into tokens. Raises UserError as `steer` does.
     """
@@ -33,11 +34,14 @@ class GuidanceCallback:
         *,
         weights: dict[str, float] | None = None,
         num_images_per_prompt: int = 1,
-        max_sequence_length: int = 256,
+        max_sequence_length: int | None = None,
     ):
+        if max_sequence_length is None:
+            max_sequence_length = prompt_length(Path(critic))
         self.guidance, self.backbone = guidance, backbone_of(pipe, max_sequence_length)
         found = load_critic(Path(critic), self.backbone)
-        self.model, self.weights = found.model.to(pipe.device, pipe.dtype), found.weights(weights).to(pipe.device)
+        dtype = next(self.backbone.trunk.parameters()).dtype
+        self.model, self.weights = found.model.to(pipe.device, dtype), found.weights(weights).to(pipe.device)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         conditioning = self.backbone.encode_prompts(texts)
         self.conditioning = {

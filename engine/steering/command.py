@@ -19,12 +19,14 @@ from .guidance import Guidance
 from .particles import SMC, BestOfN, Particles
 from .steer import Steerer
 
+SCALE, PARTICLES = 4.0, 4  # where none is given
+
 
 def draw_steered(
     args: argparse.Namespace,
     run: SavedRun | None,
     backbone: Backbone,
-    texts: Sequence[str],
+    prompts: Sequence[Prompt],
     device: torch.device,
     chosen: dict[str, Any],
 ) -> Tensor:
@@ -34,7 +36,8 @@ def draw_steered(
     """
     if run is None and args.critic is None:
         raise UserError("--steer needs a critic: --run FOLDER, or --critic FILE beside --model")
-    guidance = Guidance(args.scale, *_window(args.window)) if "guidance" in args.steer else None
+    scale = SCALE if args.scale is None else args.scale
+    guidance = Guidance(scale, *_window(args.window)) if "guidance" in args.steer else None
     particles = _particles(args)
     use_onednn(backbone.trunk)
     critic = load_critic(args.critic or args.run / "critic.safetensors", backbone)
@@ -45,12 +48,13 @@ def draw_steered(
         device,
         guidance=guidance,
         particles=particles,
-        weights=_weights(args.weight),
+        weights=_weights(args.weight or []),
+        rewards=run.config.rewards if run and args.critic is None else None,
         batch_size=args.batch_size,
         graph="step",
         **chosen,
     )
-    found = steerer([Prompt(text) for text in texts], seed, progress=True)
+    found = steerer(prompts, seed, progress=True)
     about = {
         "steer": args.steer,
         "guidance": guidance and dataclasses.asdict(guidance),
@@ -58,7 +62,7 @@ def draw_steered(
         "weights": dict(zip(critic.names, steerer.weights.tolist(), strict=True)),
         "seed": seed,
         "cost": dataclasses.asdict(found.cost),
-        "prompts": list(texts),
+        "prompts": [prompt.text for prompt in prompts],
         "potentials": found.potentials.tolist(),
         "chosen": found.chosen.tolist(),
     }
@@ -69,10 +73,11 @@ def draw_steered(
 
 
 def _particles(args: argparse.Namespace) -> Particles | None:
+    count, by = PARTICLES if args.particles is None else args.particles, args.by or "value"
     if "bon" in args.steer:
-        return BestOfN(args.particles, args.by, keep=args.keep)
+        return BestOfN(count, by, keep=args.keep)
     if "smc" in args.steer:
-        return SMC(args.particles, args.smc_scale, args.resample_every, by=args.by, keep=args.keep)
+        return SMC(count, args.smc_scale, args.resample_every, by=by, keep=args.keep)
     return None
 
 

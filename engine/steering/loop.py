@@ -41,7 +41,7 @@ class SteeredLoop(DenoisingLoop):
     ):
         """count: particles of a prompt in these steps."""
         self.weights, self.guidance, self.particles, self.judge = weights, guidance, particles, judge
-        self.count, self.first, self._number = count, first, first
+        self.count, self.first, self._number, self._rows = count, first, first, size
         self.backwards = 0  # samples whose gradient was taken
         self.offset = torch.tensor(first, device=weights.device)
         self.per_score = model.backbone.per_score(schedule.timesteps)
@@ -63,7 +63,7 @@ class SteeredLoop(DenoisingLoop):
         )
 
     def __call__(self, noises: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
-        self._number, self.backwards = self.first, 0
+        self._number, self.backwards, self._rows = self.first, 0, noises.shape[1]
         self.ancestors.copy_(torch.arange(self.count, device=self.ancestors.device).expand_as(self.ancestors))
         return super().__call__(noises, conditioning)
 
@@ -79,7 +79,7 @@ class SteeredLoop(DenoisingLoop):
             z = z.detach().requires_grad_()
             v, values = super()._predict(z, timestep)
             (gradient,) = torch.autograd.grad((values @ self.weights).sum(), z)
-        self.backwards += len(z)
+        self.backwards += self._rows  # less those that fill up a short batch
         per_score = self.per_score.index_select(0, self.step)[0]
         return guidance(v.detach(), gradient, per_score), values.detach()
 

@@ -92,6 +92,7 @@ class SMC(Particles):
     sample size 1 / sum w^2 falls below `threshold` N, or at every `every`-th step whatever it is; never where no noise
     is to come, for copies of a particle would stay alike: weights are kept for the choice in the end.
 
+    scale: None is 10 by reward, 3 by value, which is less sure.
     Buffers: base [P, N], the potentials at the last resampling; uniforms [K, P].
     """
 
@@ -100,7 +101,7 @@ class SMC(Particles):
     def __init__(
         self,
         count: int,
-        scale: float = 10.0,
+        scale: float | None = None,
         every: int | None = None,
         threshold: float = 0.5,
         by: By = "value",
@@ -111,7 +112,8 @@ class SMC(Particles):
             raise UserError(f"SMC: resampling at every {every} steps; give 1 or more")
         if not 0 < threshold <= 1:
             raise UserError(f"SMC: threshold {threshold:g}; give a share of the particles, above 0 and at most 1")
-        self.scale, self.every, self.threshold = scale, every, threshold
+        default = 10.0 if by == "reward" else 3.0
+        self.scale, self.every, self.threshold = default if scale is None else scale, every, threshold
 
     def begin(self, prompts: int, noisy: Tensor, device: torch.device) -> None:
         self.last = int(noisy.nonzero().max())  # that copies can part in

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..backbones import Backbone, Conditioning, backbone_of
-from ..config import Transition
-from ..critic_file import TrainedCritic, load_critic
+from ..config import RewardConfig, Transition
+from ..critic_file import TrainedCritic, load_critic, prompt_length
 from ..errors import UserError
 from ..noise import keyed_noise
 from ..prompt_cache import PromptCache
@@ -64,6 +64,7 @@ class Steerer:
         guidance: Guidance | None = None,
         particles: Particles | None = None,
         weights: dict[str, float] | None = None,
+        rewards: Sequence[RewardConfig] | None = None,
         transition: Transition | str | None = None,
         noise_level: float | None = None,
         num_inference_steps: int | None = None,
@@ -71,7 +72,8 @@ class Steerer:
         batch_size: int = 16,
         graph: str = "off",
     ):
-        """What is None is as the critic was trained. weights: of its values, by name. batch_size: samples in a forward.
+        """What is None is as the critic was trained. weights: of its values, by name. rewards: what scores particles
+        that are judged or kept by reward, in the critic's order. batch_size: samples in a forward.
 
         graph: "step" or "loop" replays captured CUDA graphs where nothing asks for a gradient or a reward.
         Raises UserError where a step or a number of particles is impossible.
@@ -79,15 +81,11 @@ class Steerer:
         self.backbone, self.critic, self.device = backbone, critic, device
         self.guidance, self.particles = guidance, particles or BestOfN(1)
         trained = critic.rollout
-        steps = num_inference_steps or trained.num_inference_steps
-        is_same = (transition, noise_level, num_inference_steps) == (None, None, None)
-        transition = transition or trained.transition
-        self.schedule = backbone.schedule(
-            transition,
-            trained.noise_level if noise_level is None else noise_level,
-            steps,
-            trained.num_trained_steps if is_same else None,
-        ).to(device)
+        as_trained = trained.transition, trained.noise_level, trained.num_inference_steps
+        given = transition, noise_level, num_inference_steps
+        sampler = tuple(own if one is None else one for one, own in zip(given, as_trained, strict=True))
+        noisy_steps = trained.num_trained_steps if sampler == as_trained else None
+        self.schedule = backbone.schedule(*sampler, noisy_steps).to(device)
         self.steps = len(self.schedule.timesteps)
         if guidance is not None:
             guidance.check(self.steps)
@@ -99,7 +97,9 @@ class Steerer:
         self.batch_size = max(batch_size, self.particles.count)
         self.graph = graph if device.type == "cuda" else "off"
         self.weights = critic.weights(weights).to(device)
-        self.rewards: list[Reward] = build_rewards(critic.rewards) if self.particles.keep == "reward" else []
+        self.rewards: list[Reward] = []
+        if self.particles.keep == "reward":
+            self.rewards = build_rewards(critic.harmless_rewards() if rewards is None else rewards)
         dtype = next(backbone.trunk.parameters()).dtype
         backbone.to(device)
         critic.model.to(device, dtype)
@@ -113,6 +113,8 @@ class Steerer:
     def __call__(self, prompts: Sequence[Prompt], seed: int, progress: bool = False) -> Steered:
         """Noise is keyed by (seed, sample, step): the first particle of the p-th prompt is the p-th sample of an
         unsteered rollout of that seed, and a prompt's particles are the same whatever the batch size."""
+        if not prompts:
+            raise UserError("no prompt was given; give one or more")
         count = min(self.batch_size // self.particles.count, len(prompts))
         if count != self._size:
             self._release()
@@ -146,7 +148,8 @@ class Steerer:
         conditioning = self.encode([prompt.text for prompt in prompts])
         began, self._cost = time.perf_counter(), Cost()
         number, shape = self.particles.count, self.backbone.latent_shape
-        self._prompts = [*prompts, *[prompts[-1]] * (self._size - len(prompts))]  # as loops fill up a short batch
+        self._real = len(prompts)
+        self._prompts = [*prompts, *[prompts[-1]] * (self._size - self._real)]  # as loops fill up a short batch
         samples = (start + torch.arange(len(prompts)))[:, None] + total * torch.arange(number)
         uniforms = torch.zeros(self.steps, self._size, dtype=torch.float64)
         for k, row in enumerate(uniforms):
@@ -172,7 +175,7 @@ class Steerer:
                 samples, values = samples.gather(1, best), values.take_along_dim(best[..., None, None], 1)
         z = z.unflatten(0, (-1, potentials.shape[1]))
         pictures = None
-        if self.particles.keep == "reward" and potentials.shape[1] > 1:
+        if self.particles.keep == "reward":
             pictures = self._decode(z.flatten(0, 1))
             potentials = self._score(pictures, prompts).to(self.device).unflatten(0, (len(prompts), -1))
             pictures = pictures.unflatten(0, (len(prompts), -1))
@@ -197,6 +200,8 @@ class Steerer:
     def _loop(self, first: int, stop: int, count: int, conditioning: Conditioning) -> SteeredLoop:
         key = first, stop
         if key not in self._loops:
+            cost = self._cost
+            self._cost = Cost()  # a loop warms up with a step
             schedule = Schedule(*(rows[first:stop].contiguous() for rows in self.schedule))
             self._loops[key] = SteeredLoop(
                 self.critic.model,
@@ -213,12 +218,16 @@ class Steerer:
                 judge=self._judge if self.particles.by == "reward" else None,
                 graph=self.graph,
             )
+            self._cost = cost
         return self._loops[key]
 
     def _judge(self, z: Tensor, v: Tensor, timestep: Tensor) -> Tensor:
         """Potentials [B] by the rewards of the pictures that predictions amount to."""
         clean = self.backbone.clean(z, v, timestep.expand(len(z)))
-        return self._score(self._decode(clean), self._prompts).to(z.device)
+        found = self._score(self._decode(clean), self._prompts).to(z.device)
+        added = len(z) - len(z) * self._real // self._size  # to fill up a short batch
+        self._cost += Cost(decoded=-added, scored=-added)
+        return found
 
     def _decode(self, latents: Tensor) -> Tensor:
         self._cost.decoded += len(latents)
@@ -237,12 +246,12 @@ _ROWS = ("images", "latents", "potentials", "chosen", "values")
 def steer(
     pipe: DiffusionPipeline,
     critic: str | Path,
-    prompts: str | Sequence[str],
+    prompts: str | Prompt | Sequence[str | Prompt],
     *,
     guidance: Guidance | None = None,
     particles: Particles | None = None,
     seed: int = 0,
-    max_sequence_length: int = 256,
+    max_sequence_length: int | None = None,
     **options,
 ) -> Steered:
     """Draws prompts with a stock diffusers pipeline, steered by the critic of a `critic.safetensors`.
@@ -250,17 +259,21 @@ def steer(
         pipe = StableDiffusion3Pipeline.from_pretrained("runs/zero3_dit/pipeline")
         steered = steer(pipe, "runs/zero3_dit/critic.safetensors", ["a red circle"], guidance=Guidance(4.0))
 
-    guidance, particles: how; both at once steer every particle. Other options are Steerer's: weights (of the critic's
-    values, by name), transition, noise_level, num_inference_steps, guidance_scale, batch_size, graph. The pipeline's
-    weights are frozen, its own scheduler and settings stay as they are. Raises UserError for a critic of another model,
-    a window outside of the steps, or a pipeline or scheduler that is not supported.
+    guidance, particles: how; both at once steer every particle. prompts: texts, or with metadata for rewards. Other
+    options are Steerer's: weights (of the critic's values, by name), rewards, transition, noise_level,
+    num_inference_steps, guidance_scale, batch_size, graph; None is as the critic was trained, max_sequence_length too.
+    The pipeline's weights are frozen, its own scheduler and settings stay as they are. Raises UserError for a critic of
+    another model, a window outside of the steps, or a pipeline or scheduler that is not supported.
     """
     device = pipe.device
+    if max_sequence_length is None:
+        max_sequence_length = prompt_length(Path(critic))
     backbone = backbone_of(pipe, max_sequence_length)
     found = load_critic(Path(critic), backbone)
+    prompts = [prompts] if isinstance(prompts, (str, Prompt)) else prompts
     steerer = Steerer(backbone, found, device, guidance=guidance, particles=particles, **options)
     try:
-        return steerer([Prompt(text) for text in ([prompts] if isinstance(prompts, str) else prompts)], seed, True)
+        return steerer([Prompt(one) if isinstance(one, str) else one for one in prompts], seed, True)
     finally:
         steerer.close()
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from latent_critic.engine.checkpoint import export
 from latent_critic.engine.config import save_config
+from latent_critic.engine.errors import UserError
 from latent_critic.engine.steering import SMC, BestOfN, Guidance
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -60,6 +61,8 @@ def test_cells_and_page(run, tmp_path, monkeypatch):
     path.write_text(json.dumps(found))
     bench.run(path)
     assert drawn == ["guidance", "guidance"]  # the one that was missing
+    with pytest.raises(UserError, match="trained.json has cells of prompts 3, not 4; give another --output-dir"):
+        steer_cells.Bench(run, 4, 2, 2).run(path)
 
     page = steer_report.write(path.parent).read_text()
     mean = kept.mean(0)

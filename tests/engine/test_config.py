@@ -371,7 +371,7 @@ ROLLOUT_KEYS = (
         pytest.param(
             {"critic": {"feature_dropout": 0.2, "trunk": "shared"}},
             "critic.feature_dropout = 0.2: only critic-only passes on kept features drop any; needs critic.trunk = "
-            '"shared-detached", training.keep_features and training.critic_epochs',
+            '"shared-detached", training.keep_features and training.critic_epochs, or 0 in its place',
             id="dropout of features that are not kept",
         ),
         pytest.param(

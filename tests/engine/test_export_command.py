@@ -103,7 +103,7 @@ def test_the_model_card_tells_recipe_and_scores(run):
     last = json.loads((run / "evaluations/iteration-000003.json").read_text())["scores"]["tiny_rewards:brightness"]
     assert f"{sum(last) / len(last):.4f} |" in card
     assert "3 held-out prompts (scenes:held-out), 2 ODE steps, guidance 1, seed 1000" in card
-    assert 'pipe("a prompt", num_inference_steps=2, guidance_scale=1)' in card
+    assert 'pipe("a prompt", num_inference_steps=2, guidance_scale=1, max_sequence_length=0)' in card
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -152,6 +152,12 @@ def test_steered_by_the_runs_critic(run, draw, tmp_path):
         (["--steer", "bon", "--particles", "0"], "particles: 0 of a prompt"),
         (["--steer", "bon", "--weight", "beauty=1"], "no value of beauty; it has"),
         (["--steer", "bon", "--weight", "beauty"], "--weight beauty: expected REWARD=NUMBER"),
+        (["--scale", "2"], "--scale does nothing without --steer guidance"),
+        (["--critic", "critic.safetensors"], "--critic does nothing without --steer"),
+        (["--steer", "bon", "--scale", "2"], "--scale does nothing without --steer guidance"),
+        (["--steer", "guidance", "--particles", "2"], "--particles does nothing without --steer bon or smc"),
+        (["--steer", "bon", "--smc_scale", "2"], "--smc_scale does nothing without --steer smc"),
+        (["--steer", "bon", "--stock"], "give --stock or --steer"),
         (["--steer", "smc", "--critic", "nothing.safetensors"], "nothing.safetensors: no such file"),
     ],
 )

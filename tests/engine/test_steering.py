@@ -1,8 +1,12 @@
 """Steering of stock pipelines by a critic from its file: DiT and UNet, flow and DDIM."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from latent_critic.engine.backbones import backbone_of
 from latent_critic.engine.checkpoint import export
@@ -49,7 +53,8 @@ def make_run(folder, rollout, tiny_config, tiny_model, path, **changes):
 
 
 def draw(run, pipe=None, **options):
-    return steer(pipe or run.pipe(), run.critic, PROMPTS, seed=5, max_sequence_length=0, **options)
+    """Prompts are as long as the critic's were: this pipeline's own are longer, and so are those of its first test."""
+    return steer(pipe or run.pipe(), run.critic, PROMPTS, seed=5, **options)
 
 
 def steerer(run, **options) -> Steerer:
@@ -167,13 +172,14 @@ def test_best_of_n(run):
 
 def test_best_of_n_by_reward(run, monkeypatch):
     """The kept picture is the one of the highest reward, standardised and weighted as in training."""
-    best = draw(run, particles=BestOfN(3, by="reward"))
-    assert (best.cost.decoded, best.cost.scored) == (9, 9)
     rewards = build_rewards(run.config.rewards)
-    scores = torch.tensor([reward.score(best.images, PROMPTS, [{}] * 3) for reward in rewards])
     units = load_critic(run.critic, backbone_of(run.pipe(), 0))
-    expected = units.standardize(scores.T).sum(1)
-    assert torch.allclose(best.potentials.max(1).values, expected, atol=1e-4)
+    for count in (1, 3):
+        best = draw(run, particles=BestOfN(count, by="reward"))
+        assert (best.cost.decoded, best.cost.scored) == (3 * count, 3 * count)
+        scores = torch.tensor([reward.score(best.images, PROMPTS, [{}] * 3) for reward in rewards])
+        expected = units.standardize(scores.T).sum(1)
+        assert torch.allclose(best.potentials.max(1).values, expected, atol=1e-4)
     assert units.mean.tolist() == pytest.approx([-4.0, 0.5]) and units.std.tolist() == pytest.approx([1.0, 0.3])
     pruned = draw(run, particles=BestOfN(4, by="reward", prune={3: 2}), batch_size=12)  # by the pictures of step 3
     assert (pruned.cost.scored, pruned.potentials.shape) == (12 + 6, (3, 2))
@@ -247,16 +253,21 @@ def test_callback_of_a_stock_pipeline(run):
     plain = end(None)
     found = {}
     for scale in (-0.3, 0.0, 0.3):
-        callback = GuidanceCallback(pipe, run.critic, PROMPTS, Guidance(scale, start=1), max_sequence_length=0)
+        callback = GuidanceCallback(pipe, run.critic, PROMPTS, Guidance(scale, start=1))
         latents = end(callback)
         last = pipe.scheduler.timesteps[-1].float().expand(3)
         found[scale] = (callback.model(latents, last, callback.conditioning)[1].sum().item(), latents)
         callback.close()
     assert torch.equal(found[0.0][1], plain)
     assert found[-0.3][0] < found[0.0][0] < found[0.3][0]
-    callback = GuidanceCallback(pipe, run.critic, PROMPTS, Guidance(1.0, start=9), max_sequence_length=0)
+    callback = GuidanceCallback(pipe, run.critic, PROMPTS, Guidance(1.0, start=9))
     with pytest.raises(UserError, match="guidance from step 9 to 6"):
         end(callback)
+    if not isinstance(pipe, StableDiffusionPipeline):  # the call's own noise levels, which the callback leaves alone
+        call |= {"num_inference_steps": None, "sigmas": [1.0, 0.7, 0.3]}
+        plain = end(None)
+        assert torch.equal(end(GuidanceCallback(pipe, run.critic, PROMPTS, Guidance(0.0))), plain)
+        assert not torch.equal(end(GuidanceCallback(pipe, run.critic, PROMPTS, Guidance(0.3))), plain)
 
 
 def test_what_does_not_fit_is_said(tiny_config, tiny_model, tiny_pipeline, tiny_unet_pipeline, tmp_path):
@@ -265,12 +276,13 @@ def test_what_does_not_fit_is_said(tiny_config, tiny_model, tiny_pipeline, tiny_
 
     def refused(words, pipe=None, critic=run.critic, **options):
         with pytest.raises(UserError, match=words):
-            steer(pipe or run.pipe(), critic, PROMPTS, max_sequence_length=0, **options)
+            steer(pipe or run.pipe(), critic, options.pop("prompts", PROMPTS), **options)
 
     refused("no such file", critic=tmp_path / "nothing.safetensors")
     refused("its header has no critic", critic=folder / "transformer" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"not one")
     refused("not a safetensors file", critic=tmp_path / "damaged.safetensors")
+    refused("no prompt was given", prompts=[])
     refused("guidance from step 4 to 9: there are steps 0 to 5", guidance=Guidance(1.0, start=4, end=9))
     refused("guidance from step 3 to 2", guidance=Guidance(1.0, start=3, end=2))
     refused("prune: after step 5; steps are 0 to 5, and after the last all end", particles=BestOfN(2, prune={5: 1}))
@@ -287,9 +299,6 @@ def test_what_does_not_fit_is_said(tiny_config, tiny_model, tiny_pipeline, tiny_
 
 def test_taps_that_do_not_exist(tiny_config, tiny_model, tiny_pipeline, tmp_path):
     """A critic of a deeper model of the same width."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     run = make_run(tiny_pipeline, KINDS["flow-sde"][1], tiny_config, tiny_model, tmp_path)
     with safe_open(run.critic, "pt") as file:
         about = file.metadata()
@@ -306,6 +315,38 @@ def test_a_trunk_of_its_own(tiny_config, tiny_model, tiny_pipeline, tmp_path):
     (tmp_path / "critic_trunk").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="critic_trunk: not there"):
         draw(run)
+
+
+def test_what_is_given_as_it_was_trained_changes_nothing(tiny_config, tiny_model, tiny_pipeline, tmp_path):
+    """Only the first two steps of six add noise; with other steps there is no such number to go by."""
+    rollout = KINDS["flow-sde"][1] | {"num_trained_steps": 2}
+    run = make_run(tiny_pipeline, rollout, tiny_config, tiny_model, tmp_path)
+    plain, settings = draw(run), run.config.rollout
+    for name in ("transition", "noise_level", "num_inference_steps"):
+        assert torch.equal(draw(run, **{name: getattr(settings, name)}).latents, plain.latents)
+    assert not torch.equal(draw(run, noise_level=0.6).latents, plain.latents)
+
+
+def test_cost_is_of_the_samples_that_were_asked_for(run):
+    """Three prompts, two in a batch: neither what fills up the second batch nor what warms a loop up is counted."""
+    options = {"guidance": Guidance(0.1), "batch_size": 4}
+    by_value = draw(run, particles=BestOfN(2), **options).cost
+    assert (by_value.forwards, by_value.backwards, by_value.decoded, by_value.scored) == (36, 36, 3, 0)
+    by_reward = draw(run, particles=SMC(2, every=2, by="reward"), **options).cost
+    assert (by_reward.forwards, by_reward.decoded, by_reward.scored) == (36, 18, 18)  # at steps 2 and 4, and the end
+
+
+@pytest.mark.parametrize("about", [{"name": "os:getcwd"}, {"name": "vlm_judge", "params": {"base_url": "http://x"}}])
+def test_a_strangers_file_runs_no_code_and_calls_no_server(tiny_config, tiny_model, tiny_pipeline, tmp_path, about):
+    run = make_run(tiny_pipeline, KINDS["flow-sde"][1], tiny_config, tiny_model, tmp_path)
+    with safe_open(run.critic, "pt") as file:
+        header = file.metadata()
+    own = json.loads(header["rewards"])
+    save_file(load_file(run.critic), run.critic, {**header, "rewards": json.dumps([about, own[1]])})
+    with pytest.raises(UserError, match=f"names the reward {about['name']}, which runs code or calls a server"):
+        draw(run, particles=BestOfN(2, "reward"))
+    draw(run, particles=BestOfN(2))  # judged by value it needs none
+    assert draw(run, particles=BestOfN(2, "reward"), rewards=run.config.rewards).cost.scored == 6
 
 
 @pytest.mark.gpu

@@ -4,14 +4,13 @@ import inspect
 import json
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from .config import Config
 
 
-def write_model_card(folder: Path, config: Config, run_dir: Path, pipeline: type[DiffusionPipeline]) -> None:
-    """folder: a pipeline of this class, or LoRA's factors for one. run_dir: of the run, whose evaluations are told."""
+def write_model_card(folder: Path, config: Config, run_dir: Path, pipeline: type) -> None:
+    """folder: a pipeline, or LoRA's factors. run_dir: of the run, whose evaluations are told. pipeline: diffusers' class."""
     model, recipe = config.model, describe_recipe(config)
     data = ModelCardData(
         library_name="diffusers",
@@ -82,7 +81,7 @@ def _scores(run_dir: Path) -> list[str]:
     return [*lines, ""]
 
 
-def _usage(config: Config, pipeline: type[DiffusionPipeline]) -> list[str]:
+def _usage(config: Config, pipeline: type) -> list[str]:
     settings = config.evaluation
     call = f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}"
     if "max_sequence_length" in inspect.signature(pipeline.__call__).parameters:

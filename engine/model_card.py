@@ -10,7 +10,7 @@ from .config import Config
 
 
 def write_model_card(folder: Path, config: Config, run_dir: Path, pipeline: type) -> None:
-    """folder: a pipeline, or LoRA's factors. run_dir: of the run, whose evaluations are told. pipeline: diffusers' class."""
+    """folder: a pipeline, or LoRA's factors for one; pipeline: its class. run_dir: of the run that is told of."""
     model, recipe = config.model, describe_recipe(config)
     data = ModelCardData(
         library_name="diffusers",

@@ -127,8 +127,8 @@ def _algorithms(variants: Sequence[Variant], results: Results) -> list[str]:
         "",
         *by_images(names, results),
         "",
-        "By measured seconds of training, without evaluations. The learning rate falls to 0 at a run's own end, so "
-        "only an end is a finished run:",
+        "By measured seconds of training, without evaluations, each iteration counted as its run's median, which "
+        "leaves pauses out. The learning rate falls to 0 at a run's own end, so only an end is a finished run:",
         "",
         *by_clock(names, "ours-long", results),
         "",

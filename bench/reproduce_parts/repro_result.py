@@ -26,6 +26,7 @@ def collect(run: Run, places: Places, about: dict[str, Any]) -> dict[str, Any]:
     done = [row for row in rows if "phase" in row]
     if len(done) != expected:
         raise ValueError(f"{folder}: {len(done)} iterations in metrics.jsonl, expected {expected}")
+    usual = usual_seconds([row["phase"] for row in done], [row["seconds"] for row in done])
     return {
         "variant": run.variant.name,
         "seed": run.seed,
@@ -34,11 +35,19 @@ def collect(run: Run, places: Places, about: dict[str, Any]) -> dict[str, Any]:
         "overrides": run.variant.own_overrides,
         **about,
         "config": {key: value for key, value in recipe_of(run, places).items() if key != "output_dir"},
-        "seconds": _short(sum(row["seconds"] for row in done)),
-        "iteration_seconds": _short(median(row["seconds"] for row in done if row["phase"] != PRETRAINING)),
+        "seconds": _short(sum(usual[row["phase"]] for row in done)),
+        "iteration_seconds": _short(next(seconds for phase, seconds in usual.items() if phase != PRETRAINING)),
         "training": _training(done),
-        "evaluations": _evaluations(rows, folder),
+        "evaluations": _evaluations(rows, folder, usual),
         "prompts": _prompts(folder)[:PICTURES],
+    }
+
+
+def usual_seconds(phases: Sequence[str], seconds: Sequence[float]) -> dict[str, float]:
+    """The median of a phase's iterations. A run's clock counts each as that: on a shared machine some wait for others,
+    and a run that is paused goes on."""
+    return {
+        phase: median(s for p, s in zip(phases, seconds, strict=True) if p == phase) for phase in dict.fromkeys(phases)
     }
 
 
@@ -53,11 +62,11 @@ def _training(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _evaluations(rows: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Each with the images and the seconds of training before it."""
+def _evaluations(rows: Sequence[dict[str, Any]], folder: Path, usual: dict[str, float]) -> list[dict[str, Any]]:
+    """Each with the images and the usual seconds of the training before it."""
     found, images, seconds = [], 0, 0.0
     for row in rows:
-        images, seconds = images + row.get("samples", 0), seconds + row.get("seconds", 0.0)
+        images, seconds = images + row.get("samples", 0), seconds + usual.get(row.get("phase"), 0.0)
         names = [key.removesuffix("_stderr") for key in row if key.startswith("eval/") and key.endswith("_stderr")]
         if not names:
             continue

@@ -162,7 +162,11 @@ def _machines(results: Results) -> list[str]:
         )
         kinds[words] = kinds.get(words, 0) + 1
     lines = [f"- {count} run{'s' if count > 1 else ''}: {words}" for words, count in kinds.items()]
-    return [*lines, "- Seconds are measured while the other runs compute beside, and whatever else the machine does."]
+    return [
+        *lines,
+        "- Seconds are measured while the other runs compute beside, and whatever else the machine does. A run that was "
+        "resumed is told with the commit that ended it.",
+    ]
 
 
 def _warnings(variants: Sequence[Variant], results: Results) -> dict[tuple[str, int], str]:

@@ -3,7 +3,7 @@
 PyTorch gives float32 products to MKL, which has AVX-512 code for Intel's processors alone: on an AMD EPYC of Zen 5 it
 reaches 115 GFLOP/s a core, oneDNN 265. PyTorch has no switch for it, but a convolution goes to oneDNN: a linear layer
 is one with a filter of a single pixel. Its backward is oneDNN's as well. Zen 4 has AVX-512 in two halves, where both
-reach 95 to 100 GFLOP/s on large products, and MKL takes 8 to 10 % less time for tiny-dit's passes.
+reach 95 to 102 GFLOP/s on a large product, and MKL takes 7 to 11 % less time for tiny-dit's passes.
 """
 
 import re

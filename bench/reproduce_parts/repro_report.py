@@ -164,8 +164,8 @@ def _machines(results: Results) -> list[str]:
     lines = [f"- {count} run{'s' if count > 1 else ''}: {words}" for words, count in kinds.items()]
     return [
         *lines,
-        "- Seconds are measured while the other runs compute beside, and whatever else the machine does. A run that was "
-        "resumed is told with the commit that ended it.",
+        "- Seconds are measured while the other runs compute beside, and whatever else the machine does. A run that "
+        "was resumed is told with the commit that ended it.",
     ]
 
 

@@ -25,6 +25,7 @@ from repro_grid import (  # noqa: E402
     QUICK_SEEDS,
     SEEDS,
     Run,
+    Variant,
     runs,
     variants,
 )
@@ -38,7 +39,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="short runs of two groups: at most 20 minutes on two cores"
     )
-    parser.add_argument("--only", metavar="GROUP[,GROUP]", type=_names, help=f"groups, of {groups}")
+    parser.add_argument(
+        "--only", metavar="NAME[,NAME]", type=_names, help=f"groups, of {groups}; or variants, as --list names them"
+    )
     parser.add_argument(
         "--seeds",
         metavar="SEED[,SEED]",
@@ -63,15 +66,21 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--jobs {args.jobs}: give 1 or more")
     if sum(map(bool, (args.report, args.list, args.credit))) > 1:
         parser.error("--report, --list and --credit: give one of them")
-    offered = QUICK_GROUPS if args.quick else tuple(GROUPS)
-    for group in args.only or ():
-        if group not in offered:
+    groups = QUICK_GROUPS if args.quick else tuple(GROUPS)
+    names = {name for variant in _offered(args.quick) for name in (variant.group, variant.name)}
+    every = {name for variant in _offered(False) for name in (variant.group, variant.name)}
+    for name in args.only or ():
+        if name not in names:
             parser.error(
-                f"--only {group}: "
-                + ("not part of --quick; " if group in GROUPS else "unknown; ")
-                + f"choose of {', '.join(offered)}"
+                f"--only {name}: "
+                + ("not part of --quick; " if name in every else "unknown; ")
+                + f"choose of {', '.join(groups)}, or of the variants that --list names"
             )
     return args
+
+
+def _offered(quick: bool) -> list[Variant]:
+    return [variant for variant in variants(QUICK if quick else FULL) if not quick or variant.group in QUICK_GROUPS]
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -102,9 +111,9 @@ def reproduce(args: argparse.Namespace) -> int:
     places = Places(
         (args.output_dir or HERE / "results" / name).resolve(), (args.runs_dir or HERE.parent / "runs" / name).resolve()
     )
-    offered = [variant for variant in variants(scale) if not args.quick or variant.group in QUICK_GROUPS]
-    groups = args.only or (QUICK_GROUPS if args.quick else DEFAULT_GROUPS)
-    chosen = [variant for variant in offered if variant.group in groups]
+    offered = _offered(args.quick)
+    names = args.only or (QUICK_GROUPS if args.quick else DEFAULT_GROUPS)
+    chosen = [variant for variant in offered if variant.group in names or variant.name in names]
     planned = runs(chosen, args.seeds or (QUICK_SEEDS if args.quick else SEEDS))
     if args.list:
         return show(planned, places)

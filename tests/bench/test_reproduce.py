@@ -530,11 +530,11 @@ def test_the_script_lists_and_reports_without_runs(tmp_path):
     folders = ("--output-dir", tmp_path / "results", "--runs-dir", tmp_path / "runs")
     places = repro_places.Places(tmp_path / "results", tmp_path / "runs")
     repro_places.write_json(places.result(repro_grid.Run(VARIANTS["pixel"], 1)), fake_result("pixel", 1))
-    listed = run_script("--list", "--only", "algorithms,pixels,clip", *folders)
+    listed = run_script("--list", "--only", "algorithms,pixels,clip-0.0001,steps-2", *folders)
     assert listed.returncode == 0, listed.stderr
     lines = listed.stdout.splitlines()
     assert [line.split()[1] for line in lines[::2]] == [
-        "ours-long", "grpo-long", "ddpo-long", "ours", "ddpo", "pixel", "clip-0.0001", "clip-1e-05",
+        "ours-long", "grpo-long", "ddpo-long", "ours", "ddpo", "pixel", "clip-0.0001", "steps-2",
     ]  # fmt: skip
     assert lines[10].endswith("done 1 of 3 (seed 1)") and "critic.trunk=pixels, " in lines[11]
     quick = run_script("--quick", "--list", *folders)

@@ -123,6 +123,7 @@ def training_reward(result: dict[str, Any]) -> float:
 def claims(scale: Scale) -> list[Claim]:
     composition, background = score("composition"), score("background")
     on, off = f"pretraining-{scale.best_pretraining}", "pretraining-0"
+    better_than_none = "iterations of value pretraining are better than none"
     found = [
         _above(f"PPO with a latent critic is better than {other.upper()} on {model}, {budget}", composition, ours, name)
         for model, ours, budget, end in (
@@ -135,7 +136,11 @@ def claims(scale: Scale) -> list[Claim]:
     ]
     return [
         *found,
-        _above(f"{scale.best_pretraining} iterations of value pretraining are better than none", composition, on, off),
+        _above(f"{scale.best_pretraining} {better_than_none}, at equal images", composition, on, off),
+        *(
+            _above(f"{count} {better_than_none}, before as many of PPO", composition, f"pretraining-{count}-added", off)
+            for count in scale.added_pretraining
+        ),
         _above("The timestep in the critic's head (AdaLN) makes the policy better", composition, "ours", "no-adaln"),
         _above(
             "The timestep in the critic's head (AdaLN) makes the critic better",

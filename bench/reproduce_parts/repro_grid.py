@@ -101,13 +101,14 @@ class Scale:
     compared_pretraining: tuple[int, ...]
     best_pretraining: int  # of these, by the paper
     compared_total: int  # pretraining and PPO iterations of these runs together
+    added_pretraining: tuple[int, ...]  # of runs that have `compared_total` iterations of PPO beside it
     evaluation: dict[str, Any] = field(hash=False, default_factory=dict)
 
 
 # Twice the recipe's held-out pictures: algorithms differ by little more than the error of 512.
-FULL = Scale(4, 36, 96, 40, (0, 5, 15, 30), 15, 60, {"evaluation.every": 20, "evaluation.num_prompts": 1024})
+FULL = Scale(4, 36, 96, 40, (0, 5, 15, 30), 15, 60, (15,), {"evaluation.every": 20, "evaluation.num_prompts": 1024})
 # At most 20 minutes on two cores: evaluations are only before and after the run.
-QUICK = Scale(2, 6, 6, 6, (0, 3), 3, 8, {"evaluation.every": 0, "evaluation.num_prompts": 256})
+QUICK = Scale(2, 6, 6, 6, (0, 3), 3, 8, (), {"evaluation.every": 0, "evaluation.num_prompts": 256})
 QUICK_GROUPS, QUICK_SEEDS = ("algorithms", "pretraining"), (0, 1)
 
 GROUPS = {
@@ -116,7 +117,7 @@ GROUPS = {
     "group-std": "what it is worth to GRPO that it divides by a group's std",
     "pixels": "a critic on the predicted picture; the ablations below are compared with this `ours` too",
     "grpo-options": "what the field adds to GRPO",
-    "pretraining": "critic-only iterations before PPO, of equally many iterations in all",
+    "pretraining": "critic-only iterations before PPO, of equally many iterations in all or beside as many of PPO",
     "critic": "the critic's timestep, taps, trunk and training, and bootstrapping from it",
     "rewards": "three rewards at once, with a value head for each or one for their sum",
     "cfg": "training with classifier-free guidance, evaluated at the trained guidance",
@@ -193,13 +194,18 @@ def variants(scale: Scale = FULL) -> list[Variant]:
                 f"pretraining-{count}",
                 "pretraining",
                 f"{count} critic-only iterations of {scale.compared_total}",
-                ours
-                | {
-                    "training.value_pretraining_iterations": count,
-                    "training.iterations": scale.compared_total - count,
-                },
+                ours | _pretrained(count, scale.compared_total - count),
             )
             for count in scale.compared_pretraining
+        ),
+        *(
+            Variant(
+                f"pretraining-{count}-added",
+                "pretraining",
+                f"{count} critic-only iterations beside {scale.compared_total} of PPO",
+                ours | _pretrained(count, scale.compared_total),
+            )
+            for count in scale.added_pretraining
         ),
         Variant("no-adaln", "critic", "no timestep in the critic's head", ours | {"critic.timestep_adaln": False}),
         Variant("taps-last", "critic", "the last block's features alone", ours | {"critic.taps": [4]}),
@@ -263,6 +269,10 @@ def variants(scale: Scale = FULL) -> list[Variant]:
         *_tuning(length, "", dict.fromkeys(ALGORITHMS, TUNING_RATES), TUNING_SEEDS),
         *_tuning(length | long | {"evaluation.every": 0}, "-long", LONG_TUNING_RATES, (LONG_TUNING_SEED,)),
     ]
+
+
+def _pretrained(count: int, iterations: int) -> dict[str, Any]:
+    return {"training.value_pretraining_iterations": count, "training.iterations": iterations}
 
 
 def _trunk(kind: str) -> dict[str, Any]:

@@ -113,6 +113,8 @@ def test_equal_compute_is_counted_in_forwards():
     for count in (0, 5, 15, 30):
         training = VARIANTS[f"pretraining-{count}"].config["training"]
         assert training["value_pretraining_iterations"] == count and training["iterations"] == 60 - count
+    added = VARIANTS["pretraining-15-added"].config["training"]
+    assert added["value_pretraining_iterations"] == 15 and added["iterations"] == 60
 
 
 def test_tuning_asks_each_algorithm_at_the_same_rates_and_does_not_follow_its_own_result(monkeypatch):
@@ -451,7 +453,9 @@ def test_the_report_has_every_claim_table_and_run(places):
     assert claim[3] == "ours-long 0.871, grpo-long 0.841" and claim[-1] == "**holds**"
     clock = row("PPO with a latent critic is better than GRPO on tiny-dit, at equal compute")
     assert clock[2] == "+0.010 +- 0.000 (3 seeds)" and clock[3] == "ours-long 0.871, grpo-long-clock 0.861"
-    assert row("15 iterations of value pretraining are better than none")[-1] == "**holds**"
+    pretrained = "15 iterations of value pretraining are better than none"
+    assert row(f"{pretrained}, at equal images")[-1] == "**holds**"
+    assert row(f"{pretrained}, before as many of PPO")[1].startswith("composition, pretraining-15-added minus")
     assert row("Training without guidance ends best: 1 against 4.5")[-1] == "not measured"
     ours = row("`ours-long` PPO with the latent critic")
     assert ours[1:4] == ["3", "4 + 96", "0.871 +- 0.001"] and ours[7:10] == ["-", "900 +- 0", "9.00 +- 0.00"]

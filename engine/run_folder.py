@@ -1,9 +1,15 @@
 """Where a run writes: a fresh folder each time, or the one to resume."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .errors import UserError
+
+LOCK = ".lock"  # held by the process that writes there, and freed by the system however that ends
 
 
 def choose(output_dir: str, resume: str | None) -> Path:
@@ -25,6 +31,52 @@ def choose(output_dir: str, resume: str | None) -> Path:
     if resume == "auto":
         return existing[newest]
     return base.with_name(f"{base.name}-{newest + 1}")
+
+
+@contextmanager
+def taken(output_dir: str, resume: str | None) -> Iterator[Path]:
+    """What `choose` says, created, and this process's own within: new runs that start at the same time get a number
+    each. A folder that no run was written to is gone afterwards.
+
+    Raises UserError where it cannot be created, or another process has the run that is to be resumed.
+    """
+    folder = choose(output_dir, resume)
+    config = folder / "config.json"
+    resumes = config.is_file()
+    while (lock := _lock(folder)) is None or (config.is_file() and not resumes):
+        if resumes:
+            raise UserError(f"--resume {resume}: another process is writing to {folder}; wait for it or stop it")
+        if lock is not None:
+            lock.release()
+        folder = _next(folder, Path(output_dir))
+        config = folder / "config.json"
+    try:
+        yield folder
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def _lock(folder: Path) -> FileLock | None:
+    """None where another process has it."""
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        return None
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {folder} cannot be created ({error.strerror}); give a folder that can be written"
+        ) from error
+    return lock
+
+
+def _next(folder: Path, base: Path) -> Path:
+    number = int(folder.name.removeprefix(base.name).removeprefix("-") or 1)
+    return base.with_name(f"{base.name}-{number + 1}")
 
 
 def _numbered(base: Path) -> dict[int, Path]:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 LESS_MEMORY = (
@@ -66,22 +67,25 @@ def train(args: argparse.Namespace) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(forecast(config, args.plan), flush=True)
         os._exit(0)  # to take down what was imported would take Python another second
-    run_dir = run_folder.choose(config.output_dir, args.resume)
+    run_folder.choose(config.output_dir, args.resume)  # a mistake there is told at once
     with launch.imports():
         import torch
+        import torch.distributed as dist
         from diffusers.utils.logging import disable_progress_bar
-        from torch.distributed import destroy_process_group
 
         from latent_critic.engine.sharding import init_distributed
         from latent_critic.engine.trainer import Trainer
 
     disable_progress_bar()  # of loading, which has no variable of the environment
     world = init_distributed()
-    try:
-        Trainer(config, world, run_dir).run()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{str(error).splitlines()[0]} {LESS_MEMORY}") from error
-    destroy_process_group()
+    with run_folder.taken(config.output_dir, args.resume) if world.is_main else nullcontext() as folder:
+        folders = [folder]
+        dist.broadcast_object_list(folders)
+        try:
+            Trainer(config, world, folders[0]).run()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{str(error).splitlines()[0]} {LESS_MEMORY}") from error
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

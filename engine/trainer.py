@@ -19,7 +19,6 @@ from .checkpoint import CheckpointStore, disk_errors, export
 from .config import Config, save_config
 from .early_stop import EarlyStop
 from .ema import WeightAverage
-from .errors import UserError
 from .evaluate import Evaluation, Evaluator
 from .html_report import write_report
 from .inference_copy import InferenceCopy
@@ -188,7 +187,7 @@ class Trainer:
         if start is not None:
             self._load(start)
         if main:
-            self._make_run_dir()
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.run_dir / "config.json")
             where = self.attention, self.weights.description, self.rollout.describe()
             trained = int(trained_steps(self.schedules[0].table).sum())
@@ -243,14 +242,6 @@ class Trainer:
             log.close()
             print(summarize(self.run_dir), flush=True)
         dist.barrier()
-
-    def _make_run_dir(self) -> None:
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"output_dir: {self.run_dir} cannot be created ({error.strerror}); give a folder that can be written"
-            ) from error
 
     def evaluate(self, iteration: int) -> Evaluation:
         """Held-out scores, kept in `evaluations/` with the settings that repeat them."""

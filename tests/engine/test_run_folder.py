@@ -1,9 +1,12 @@
 """Which folder a run writes to: never over another run, unless that one is resumed."""
 
+import subprocess
+import sys
+
 import pytest
 
 from latent_critic.engine.errors import UserError
-from latent_critic.engine.run_folder import choose
+from latent_critic.engine.run_folder import choose, taken
 
 
 @pytest.fixture
@@ -69,3 +72,51 @@ def test_a_given_folder_without_run_is_refused(tmp_path):
         UserError, match=r"--resume .*/gone: no run there \(no config\.json\); give a run folder, or auto"
     ):
         choose("anything", str(tmp_path / "gone"))
+
+
+def test_runs_that_start_at_once_get_a_folder_each(tmp_path):
+    base = tmp_path / "runs" / "x"
+    with taken(str(base), None) as first, taken(str(base), None) as second, taken(str(base), "auto") as third:
+        assert [folder.name for folder in (first, second, third)] == ["x", "x-2", "x-3"]
+        (first / "config.json").write_text("{}")
+        (third / "config.json").write_text("{}")
+        with taken(str(base), None) as fourth:
+            assert fourth.name == "x-4"
+    left = sorted(str(path.relative_to(base.parent)) for path in base.parent.rglob("*"))
+    assert left == ["x", "x-3", "x-3/config.json", "x/config.json"]  # the others hold no run
+
+
+def test_a_folder_is_free_again_when_its_process_is_killed(tmp_path):
+    base = tmp_path / "x"
+    script = (
+        "import sys, time\nfrom latent_critic.engine.run_folder import taken\n"
+        "with taken(sys.argv[1], None) as folder:\n    print(folder, flush=True)\n    time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script, base], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline().strip() == str(base)
+    with taken(str(base), None) as folder:
+        assert folder.name == "x-2"
+    other.kill()
+    other.communicate()
+    with taken(str(base), None) as folder:
+        assert folder == base
+
+
+def test_a_run_is_not_resumed_twice_at_once(runs):
+    folder = runs("x") / "x"
+    for resume in ("auto", str(folder)):
+        with taken(str(folder), resume) as mine:
+            assert mine == folder
+            told = rf"--resume {resume}: another process is writing to .*/x; wait"
+            with pytest.raises(UserError, match=told), taken(str(folder), resume):
+                pass
+    with taken(str(folder), "auto") as mine:  # it was given back
+        assert mine == folder
+
+
+def test_what_a_failed_start_leaves_is_what_was_there(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    with pytest.raises(ZeroDivisionError), taken(str(tmp_path / "x"), None):
+        raise ZeroDivisionError
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["notes.txt"]

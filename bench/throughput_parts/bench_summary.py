@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from bench_work import STOCK, TRUNK, WITH_CRITIC_PASSES
+from bench_work import STOCK, TRUNK
 
 PHASES = ("encode", "rollout", "decode", "reward", "forward", "backward", "optimizer", "refresh")
 OTHER = "other"  # losses, advantages, statistics, waiting for pictures
@@ -41,9 +41,7 @@ def _rollout(results: dict, rollout: dict) -> dict[str, Any]:
 def _iteration(results: dict, loop: str) -> dict[str, Any]:
     work, rows = results["work"], results["iterations"][loop]
     flops = results["stock"]["flops_per_image"]
-    forwards = work["steps"] + work["trained_steps"]
-    if loop == WITH_CRITIC_PASSES:
-        forwards += work["steps"] * results["ours"]["critic_epochs"]
+    forwards = work["steps"] + work["trained_steps"]  # critic-only passes make none: they read kept features
     total = work["images"] * (forwards * flops["forward"] + work["trained_steps"] * flops["backward"])
     all_seconds = {name: [row["seconds"] for row in found] for name, found in results["iterations"].items()}
     seconds = np.array(all_seconds[loop])

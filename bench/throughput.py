@@ -1,4 +1,4 @@
-"""Images per second against the loop that users run today: python bench/throughput.py
+"""Images per second against a loop like that of flow_grpo and ddpo-pytorch: python bench/throughput.py
 
 Four loops on the same work, taking turns in one run: diffusers' modules called step by step with the scheduler's and
 GRPO's arithmetic in eager torch, the same under torch.compile, the engine without CUDA graphs, and the engine. Also

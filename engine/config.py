@@ -396,7 +396,7 @@ class TrainingConfig(_Section):
         "then is not exactly 1",
     )
     value_pretraining_iterations: int = Field(
-        15, ge=0, description="Critic-only iterations on the frozen policy before PPO; 15 is best, longer hurts"
+        15, ge=0, description="Critic-only iterations on the frozen policy before PPO; 15 is best in arXiv 2605.27736"
     )
     value_pretraining_epochs: int = Field(3, ge=1, description="Passes over the samples, a value-pretraining iteration")
     critic_epochs: int = Field(

@@ -1,4 +1,4 @@
-"""The loop that users run today: stock diffusers modules step by step, scheduler arithmetic in eager torch, GRPO.
+"""A loop like that of flow_grpo and ddpo-pytorch: diffusers' modules step by step, scheduler in eager torch, GRPO.
 
 Written from the equations, in the way of flow_grpo and ddpo-pytorch: per prompt a group of samples, one Python step at
 a time, each sample's noise level looked up by its timestep, pictures scored in a thread pool, advantages from each

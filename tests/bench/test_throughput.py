@@ -257,8 +257,9 @@ def test_the_script_measures_every_loop(tmp_path, model):
             assert main[phase] + beside[phase] > 0, (loop, phase)
         assert sum(main.values()) == pytest.approx(np.mean([r["seconds"] for r in case["iterations"][loop]]), rel=0.05)
         assert row["peak_memory"] > 2**20
-    work_done = [summary["iterations"][loop]["mfu"] * summary["iterations"][loop]["seconds"][1] for loop in (ours, trained)]
-    assert work_done[0] == pytest.approx(work_done[1])  # critic-only passes are no work of the trunk's
+    rows = [summary["iterations"][loop] for loop in (ours, trained)]
+    work, with_passes = (row["mfu"] * row["seconds"][1] for row in rows)
+    assert work == pytest.approx(with_passes)  # critic-only passes are no work of the trunk's
     assert summary["iterations"][ours]["phases"]["main"]["refresh"] > 0
     critics = summary["critics"]
     assert list(critics) == [bench_work.TRUNK, bench_work.SHARED, bench_work.SEPARATE, bench_work.PIXELS]

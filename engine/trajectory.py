@@ -1,6 +1,7 @@
 """What a rollout hands to everything after it."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,9 +25,10 @@ class Trajectory:
     seed: int
     features: list[Tensor] = field(default_factory=list)  # each tap's [N, K, n, D] or pictures, on the CPU, if kept
 
-    @property
+    @cached_property
     def trained_steps(self) -> slice:
-        """The steps with a likelihood, one after another; the others are deterministic."""
+        """The steps with a likelihood, one after another; the others are deterministic. On a GPU the first call waits
+        for it, so that passes of an update do not."""
         stochastic = (self.table[:, 2] > 0).nonzero().flatten().tolist()
         return slice(stochastic[0], stochastic[-1] + 1)
 

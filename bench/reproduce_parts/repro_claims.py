@@ -172,13 +172,12 @@ def claims(scale: Scale) -> list[Claim]:
             threshold=-EQUAL_EXPLAINED_VARIANCE,
         ),
         *(
-            _above(
-                f"Training without guidance ends best: 1 against {name.removeprefix('guidance-')}",
-                composition,
-                "ours",
-                name,
+            _above(f"Training without guidance ends best: 1 against {guidance}, {length}", composition, one, other)
+            for guidance, length, one, other in (
+                ("2", "short runs", "ours", "guidance-2"),
+                ("4.5", "short runs", "ours", "guidance-4.5"),
+                ("2", "long runs", "ours-long", "guidance-2-long"),
             )
-            for name in ("guidance-2", "guidance-4.5")
         ),
         Claim(
             "Training on composition alone damages the background, which it does not reward",

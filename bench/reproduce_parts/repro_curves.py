@@ -16,7 +16,7 @@ from latent_critic.engine.reports import SERIES, STYLE
 
 Curve = tuple[np.ndarray, np.ndarray]  # x and y of one run
 # By images alone.
-OTHERS = ("group-std", "pixels", "grpo-options", "critic", "rewards", "cfg", "clip", "steps", "transition")
+OTHERS = ("group-std", "pixels", "grpo-options", "critic", "rewards", "cfg", "cfg-long", "clip", "steps", "transition")
 PANEL = (6.2, 3.6)  # inches
 COLUMNS = 2
 

@@ -121,6 +121,7 @@ GROUPS = {
     "critic": "the critic's timestep, taps, trunk and training, and bootstrapping from it",
     "rewards": "three rewards at once, with a value head for each or one for their sum",
     "cfg": "training with classifier-free guidance, evaluated at the trained guidance",
+    "cfg-long": "the same where runs are long",
     "clip": "the clip of the probability ratio",
     "steps": "trained denoising steps",
     "transition": "other stochastic samplers",
@@ -133,6 +134,7 @@ REFERENCES = {group: "ours" for group in DEFAULT_GROUPS} | {
     "algorithms": "ours-long",
     "compute": "ours-long",
     "group-std": "grpo-long",
+    "cfg-long": "ours-long",
     "grpo-options": "grpo",
     "pretraining": "pretraining-0",
     "unet": "unet-ours",
@@ -233,10 +235,11 @@ def variants(scale: Scale = FULL) -> list[Variant]:
                 f"guidance-{guidance:g}",
                 "cfg",
                 f"guidance {guidance:g} in training and evaluation",
-                ours | {"rollout.guidance_scale": guidance, "evaluation.guidance_scale": guidance},
+                ours | _guided(guidance),
             )
             for guidance in (2.0, 4.5)
         ),
+        Variant("guidance-2-long", "cfg-long", "guidance 2 in training and evaluation", ours_long | _guided(2.0)),
         *(  # ratios leave 1 by 0.0015 at most: a clip of 0.002, 0.01 or more is one and the same run
             Variant(f"clip-{clip:g}", "clip", f"a clip range of {clip:g}", ours | {"algorithm.clip_range": clip})
             for clip in (1e-4, 1e-5)
@@ -273,6 +276,10 @@ def variants(scale: Scale = FULL) -> list[Variant]:
 
 def _pretrained(count: int, iterations: int) -> dict[str, Any]:
     return {"training.value_pretraining_iterations": count, "training.iterations": iterations}
+
+
+def _guided(scale: float) -> dict[str, Any]:
+    return {"rollout.guidance_scale": scale, "evaluation.guidance_scale": scale}
 
 
 def _trunk(kind: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_names_and_groups_are_those_of_the_grid():
     assert [name for name in names if VARIANTS[name].group == "pixels"] == ["ours", "ddpo", "pixel"]
     for group in ("algorithms", "pixels", "grpo-options", "pretraining", "unet"):
         assert VARIANTS[repro_grid.REFERENCES[group]].group == group
-    assert VARIANTS[repro_grid.REFERENCES["group-std"]].group == "algorithms"
+    assert all(VARIANTS[repro_grid.REFERENCES[group]].group == "algorithms" for group in ("group-std", "cfg-long"))
     assert {repro_grid.REFERENCES[group] for group in ("critic", "rewards", "cfg", "clip", "steps")} == {"ours"}
     kept, seed = repro_runner.KEPT
     assert VARIANTS[kept].config["algorithm"]["name"] == "ppo" and seed in repro_grid.SEEDS
@@ -456,7 +456,9 @@ def test_the_report_has_every_claim_table_and_run(places):
     pretrained = "15 iterations of value pretraining are better than none"
     assert row(f"{pretrained}, at equal images")[-1] == "**holds**"
     assert row(f"{pretrained}, before as many of PPO")[1].startswith("composition, pretraining-15-added minus")
-    assert row("Training without guidance ends best: 1 against 4.5")[-1] == "not measured"
+    assert row("Training without guidance ends best: 1 against 4.5, short runs")[-1] == "not measured"
+    longer = row("Training without guidance ends best: 1 against 2, long runs")
+    assert longer[1] == "composition, ours-long minus guidance-2-long" and longer[-1] == "not measured"
     ours = row("`ours-long` PPO with the latent critic")
     assert ours[1:4] == ["3", "4 + 96", "0.871 +- 0.001"] and ours[7:10] == ["-", "900 +- 0", "9.00 +- 0.00"]
     assert row("`grpo-long-clock` GRPO, as many forwards of the trunk")[7] == "-0.010 +- 0.000"

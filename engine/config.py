@@ -224,7 +224,7 @@ class CriticConfig(_Section):
     )
     heads: Literal["per-reward", "sum"] = Field(
         "per-reward",
-        description="A value and an advantage for each reward, or one for their weighted sum (of standardised rewards)",
+        description="A value for each reward, or one for their weighted sum (of standardised rewards)",
     )
     taps: list[Annotated[int, Field(ge=0)]] | Literal["auto"] = Field(
         "auto",
@@ -315,7 +315,7 @@ class RewardConfig(_Section):
     name: str = Field(
         min_length=1, description="A built-in reward, or `module:function` or `module:Class` for one of your own"
     )
-    weight: float = Field(1.0, description="Weight of this reward's normalised advantage")
+    weight: float = Field(1.0, description="Weight of this reward, which counts in its own standard deviations")
     params: dict[str, Any] = Field({}, description="Keyword arguments of the reward")
     batch_size: int | None = Field(
         None, ge=1, description="Pictures of one call, at most; null is what the engine hands over, up to 16"

@@ -22,7 +22,7 @@ def critic_units(state: dict[str, Tensor], num_rewards: int) -> dict[str, Tensor
 
 
 def sum_of_rewards(standardized: Tensor, weights: Tensor) -> Tensor:
-    """One reward [N, 1] in place of M [N, M]: their weighted sum, of about unit scale as they are."""
+    """One reward [..., 1] in place of M [..., M]: their weighted sum, of about unit scale as they are."""
     return standardized @ (weights / weights.norm()).to(standardized)[:, None]
 
 

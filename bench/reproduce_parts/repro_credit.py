@@ -24,6 +24,7 @@ from latent_critic.engine.likelihood import likelihood
 from latent_critic.engine.passes import Part
 from latent_critic.engine.prompt_cache import PromptCache
 from latent_critic.engine.prompts import load_prompts
+from latent_critic.engine.reward_stats import sum_of_rewards
 from latent_critic.engine.rewards import build_rewards, score_all
 from latent_critic.engine.rollout import Rollout, rows
 from latent_critic.engine.saved_run import SavedRun
@@ -169,7 +170,7 @@ class Credit:
         unbiased = gae(self.earned, values, options.gamma, 1.0)[0][:, trained]
         for lam in (1.0, LAMBDA):
             before = gae(self.earned, values, options.gamma, lam)[0][:, trained]
-            after = normalize(before, weights, options.advantage_clip)
+            after = normalize(sum_of_rewards(before, weights), weights.new_ones(1), options.advantage_clip)
             found[f"GAE, lambda {lam:g}"] = self._scaled(after, share(before, unbiased) / before.std(correction=0))
         for name, global_std in (("grpo", False), ("grpo, global std", True)):
             grpo = self._build("grpo", global_std=global_std).advantages(self.raw, values, trained, prompts)

@@ -1,4 +1,4 @@
-"""PPO with a critic on the noisy latents (arXiv 2605.27736): GAE along the denoising axis, normalised by reward."""
+"""PPO with a critic on the noisy latents (arXiv 2605.27736): GAE along the denoising axis, normalised."""
 
 from collections.abc import Sequence
 
@@ -22,8 +22,10 @@ class PPO(Algorithm):
 
     def advantages(self, raw: Tensor, values: Tensor, trained: slice, prompts: Sequence[Prompt]) -> Tensor:
         advantages, _ = self._gae(raw, values, trained, self.config.lam)
-        weights = self.weights.new_ones(1) if self.is_sum else self.weights
-        return normalize(advantages[:, trained], weights, self.config.advantage_clip)
+        # Weighed before they are normalised: each by itself, a reward would count for more than its weight the better
+        # the critic foresees it.
+        total = advantages if self.is_sum else sum_of_rewards(advantages, self.weights)
+        return normalize(total[:, trained], self.weights.new_ones(1), self.config.advantage_clip)
 
     def earned(self, raw: Tensor) -> Tensor:
         """Standardised, once anything was observed. Their sum is of standardised rewards too, so that one head differs

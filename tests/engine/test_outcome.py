@@ -12,6 +12,7 @@ from latent_critic.engine.algorithms import Algorithm, build_algorithm
 from latent_critic.engine.config import Config
 from latent_critic.engine.outcome import Outcome
 from latent_critic.engine.prompts import Prompt
+from latent_critic.engine.reward_stats import sum_of_rewards
 
 SAMPLES, STEPS, REWARDS = 6, 4, 2
 TRAINED = slice(1, 3)
@@ -52,7 +53,8 @@ def test_outcome(lam):
     rewards = standardizer.standardize(outcome.raw)
     assert rewards.mean(0).abs().max() < 1e-6  # of one batch alone: float32 numbers of order 1
     expected = gae(rewards, values, options.gamma, lam)[0][:, TRAINED]
-    assert torch.equal(advantages, normalize(expected, algorithm.weights, options.advantage_clip))
+    total = sum_of_rewards(expected, algorithm.weights)
+    assert torch.equal(advantages, normalize(total, torch.ones(1), options.advantage_clip))
     # gamma is 1: without bootstrapping every step's return is the reward.
     torch.testing.assert_close(returns, rewards[:, None].expand(-1, STEPS, -1), rtol=0, atol=1e-6)
     assert torch.equal(outcome.explained_variance, explained_variance(values, returns).mean(1))

@@ -276,13 +276,13 @@ def drawn(count=24, seed=0, rewards=2):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_weight_of_two_is_a_reward_listed_twice(name):
-    """Sums in another order: three float32 roundings of numbers up to 10."""
+    """Sums in another order: three float32 roundings of numbers up to 4."""
     raw, values, texts = drawn(48)
     weighted, listed = build(name, (2.0, 1.0), group_size=4), build(name, (1.0, 1.0, 1.0), group_size=4)
     found = learn(weighted, raw, values, slice(0, 3), texts)
     expected = learn(listed, raw[:, [0, 0, 1]], values[..., [0, 0, 1]], slice(0, 3), texts)
-    torch.testing.assert_close(found, expected, rtol=0, atol=3e-6)
-    assert found.std() > 0.9
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert found.std() > (0.9 if name == "ppo" else 1.5)  # PPO's have unit std, whatever the weights
     # And neither is a weight of one.
     assert (found - learn(build(name, (1.0, 1.0), group_size=4), raw, values, slice(0, 3), texts)).abs().max() > 0.5
 

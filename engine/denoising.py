@@ -5,6 +5,7 @@ stored by it, and it counts itself up. So one captured step serves for all K of 
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.transition import transition_step
 from .backbones.base import Conditioning
+from .streams import side_stream
 from .transitions import Schedule
 
 WARM_UP_STEPS = 2  # what compiles, tunes or allocates at its first call must have done so before a capture
@@ -140,18 +142,26 @@ class DenoisingLoop:
 
     @torch.no_grad()
     def _capture(self, pool: tuple[int, int] | None) -> None:
-        side = torch.cuda.Stream()  # a capture may not run on the default stream, nor what prepares it
-        side.wait_stream(torch.cuda.current_stream())
+        device, here = self.table.device, torch.cuda.current_stream(self.table.device)
+        side = side_stream("capture", device)  # a capture may not run on the default stream, nor what prepares it
+        side.wait_stream(here)
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
                 self.step.zero_()
                 self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Another thread may decode and allocate meanwhile: only what this one calls must not break the capture.
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            for _ in range(self.steps_a_replay):
-                self._step()
+        here.wait_stream(side)
+        graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
+        try:
+            # Another thread may decode and allocate meanwhile: only what this one calls must not break the capture.
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                for _ in range(self.steps_a_replay):
+                    self._step()
+        except BaseException:
+            # PyTorch leaves the side stream current, and before 2.12 its allocator within the capture (its #180395).
+            torch.cuda.set_stream(here)
+            with suppress(RuntimeError):  # it had left
+                torch._C._cuda_endAllocateToPool(here.device_index, pool)
+            raise
         self._graph = graph
 
     def _tensors(self) -> Iterator[tuple[str, int]]:

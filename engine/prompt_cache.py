@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .backbones.base import Backbone, Conditioning
+from .streams import to_device
 
 
 class PromptCache:
@@ -24,7 +25,8 @@ class PromptCache:
     def __call__(self, texts: Sequence[str]) -> Conditioning:
         """Conditioning of `texts` in their order, on the device."""
         found = self._find(texts)
-        return {name: torch.stack([found[text][name] for text in texts]).to(self._device) for name in found[texts[0]]}
+        stacked = {name: torch.stack([found[text][name] for text in texts]) for name in found[texts[0]]}
+        return {name: to_device(tensor, self._device) for name, tensor in stacked.items()}
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Encodes texts ahead, as many as fit: no micro-batch of theirs then waits for a text encoder."""
@@ -41,16 +43,17 @@ class PromptCache:
         return found
 
     def _encode(self, texts: list[str]) -> dict[str, Conditioning]:
-        rows = {}
-        for encoder in self._backbone.encoders if texts else ():
+        rows, encoders = {}, self._backbone.encoders if texts else ()
+        homes = [next(encoder.parameters()).device for encoder in encoders]
+        for encoder in encoders:
             encoder.to(self._device)
         for start in range(0, len(texts), self._batch_size):
             part = texts[start : start + self._batch_size]
             encoded = self._backbone.encode_prompts(part + part[-1:] * (self._batch_size - len(part)))
             for row, text in enumerate(part):
                 rows[text] = {name: tensor[row].to("cpu", copy=True) for name, tensor in encoded.items()}
-        for encoder in self._backbone.encoders if texts else ():
-            encoder.to("cpu")
+        for encoder, home in zip(encoders, homes, strict=True):
+            encoder.to(home)
         return rows
 
     def _capacity(self) -> int:

@@ -2,7 +2,8 @@
 
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,23 @@ from .backbones.base import Backbone
 from .errors import UserError
 from .prompts import Prompt
 from .rewards import ConstantGuard, Reward, RewardError, Scores, join, judge
+from .streams import side_stream
 from .trajectory import Trajectory
 
 BATCH = 16  # pictures at a time: larger batches leave a CPU's caches, and share the last work less evenly
+
+
+def _thread(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, name, initializer=_compute_alone)
+
+
+def _compute_alone() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread takes on the number that the process has at its first use
+
+
+# One for the process: each thread plans its first convolutions anew (cuDNN).
+_DECODER = _thread("scoring")
 
 
 class Scoring:
@@ -29,8 +44,7 @@ class Scoring:
     def __init__(self, backbone: Backbone, rewards: Sequence[Reward], guard: ConstantGuard | None = None):
         """guard: is shown what was earned, over all ranks."""
         self._backbone, self._rewards, self._guard = backbone, rewards, guard
-        self._thread = _thread("scoring")
-        self._judges = [_thread(f"reward-{m}") if r.is_elsewhere else self._thread for m, r in enumerate(rewards)]
+        self._judges = [_thread(f"reward-{m}") if r.is_elsewhere else _DECODER for m, r in enumerate(rewards)]
         self._undecoded: deque[tuple[Future, Tensor, torch.cuda.Event | None]] = deque()
         # Pictures, and scores by each reward, by the number of their first sample.
         self._scored: dict[int, tuple[Future, list[Future]]] = {}
@@ -45,14 +59,14 @@ class Scoring:
         latents = part.latents[:, -1]
         sampled = None
         if latents.is_cuda:
-            self._stream = self._stream or torch.cuda.Stream(latents.device)
+            self._stream = side_stream("scoring", latents.device)
             sampled = torch.cuda.Event()
             sampled.record()
         for first in range(0, len(part.prompts), BATCH):
             batch = slice(first, first + BATCH)
             pictures = Future()
             self._undecoded.append((pictures, latents[batch], sampled))
-            self._thread.submit(self._decode_next)
+            _DECODER.submit(self._decode_next)
             scores = [
                 thread.submit(self._judge, reward, pictures, part.prompts[batch])
                 for thread, reward in zip(self._judges, self._rewards, strict=True)
@@ -77,7 +91,8 @@ class Scoring:
     def _finish(self) -> None:
         while self._undecoded:
             self._decode_next()
-        for thread in {self._thread, *self._judges}:
+        wait([future for decoded, judged in self._scored.values() for future in (decoded, *judged)])
+        for thread in {*self._judges} - {_DECODER}:
             thread.shutdown()
         ordered = [self._scored[start] for start in sorted(self._scored)]
         pictures = torch.cat([decoded.result() for decoded, _ in ordered])
@@ -123,25 +138,27 @@ class Scoring:
     def _decode(self, latents: Tensor, sampled: torch.cuda.Event | None) -> Tensor:
         if sampled is None:
             return self._backbone.decode(latents)
-        # A thread of its own starts at device 0.
-        with torch.cuda.device(latents.device), torch.cuda.stream(self._stream):
+        with self._beside():
             self._stream.wait_event(sampled)
             latents.record_stream(self._stream)
             return self._backbone.decode(latents).cpu()
+
+    def _beside(self) -> AbstractContextManager:
+        """What this thread then computes on a GPU neither waits for the trunk nor holds it up; and is on this device,
+        where a thread of its own starts at device 0."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _judge(self, reward: Reward, pictures: Future, prompts: Sequence[Prompt]) -> Scores:
         if self._broken is not None:
             raise self._broken  # each batch might wait as long for a server as the one before
         texts, metadata = zip(*((p.text, p.metadata) for p in prompts), strict=True)
         try:
-            return judge(reward, pictures.result(), texts, metadata)
+            decoded = pictures.result()
+            with self._beside():
+                return judge(reward, decoded, texts, metadata)
         except UserError as error:
             self._broken = error
             raise
-
-
-def _thread(name: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _sum_and_count(column: Tensor) -> tuple[float, int]:

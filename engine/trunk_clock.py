@@ -2,6 +2,7 @@
 
 import threading
 import time
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,8 @@ class TrunkClock:
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._spans: list[tuple] = []
-        self._running = threading.local()
+        # On a GPU one thread drives the trunk, and waits while autograd runs hooks in a thread of the device's.
+        self._running = types.SimpleNamespace() if self._on_gpu else threading.local()
 
     def watch(self, trunk: nn.Module, side_by_side: int = 1) -> None:
         """Counts the forwards of this module, one of so many that run at a time."""

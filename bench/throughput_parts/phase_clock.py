@@ -26,7 +26,8 @@ class PhaseClock:
 
     On a GPU a span is the time between two events of its stream, so that nothing waits for the device; with `on_host`
     it is the host's, for work that never reaches the device. `share` is for threads that work side by side while the
-    main thread waits for them: of so many, each counts with its share of the time, as the main thread's.
+    main thread waits for them: of so many, each counts with its share of the time, as the main thread's. What a CUDA
+    graph captures has no time of its own, and is no span.
     """
 
     def __init__(self, device: torch.device):
@@ -36,6 +37,9 @@ class PhaseClock:
 
     @contextmanager
     def span(self, phase: str, on_host: bool = False, share: float = 1.0) -> Iterator[None]:
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            yield
+            return
         stack = self._open.__dict__.setdefault("stack", [])
         is_main = share < 1 or threading.current_thread() is threading.main_thread()
         span = _Span(phase, is_main, share, self._now(on_host))

@@ -141,6 +141,15 @@ def test_threads_side_by_side_each_count_their_share_as_the_main_threads():
     assert 0.04 <= found["main"]["forward"] <= time.perf_counter() - began
 
 
+def test_what_a_graph_captures_is_no_span(monkeypatch):
+    """An event of a capture has no time: asking for it is an error."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = phase_clock.PhaseClock(torch.device("cuda"))
+    assert clock.timed("decode", lambda x: x + 1)(1) == 2
+    assert clock.read() == {"main": {}, "beside": {}}
+
+
 def test_a_span_within_another_counts_for_itself_alone():
     clock = phase_clock.PhaseClock(torch.device("cpu"))
 

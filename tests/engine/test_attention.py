@@ -295,6 +295,20 @@ def test_in_words(trunk):
     assert set_attention_backend(trunk, "native") == "native, as asked"
 
 
+def test_kernels_that_round_otherwise_before_a_gradient_are_seen(monkeypatch):
+    heads, dtype = [(2, 8), (1, 16)], torch.float32
+    monkeypatch.setattr(attention, "TOKENS", (5, 9))
+    assert attention._rounds_alike(heads, torch.device("cpu"), dtype)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def other_kernel(query, key, value):
+        found = attend(query, key, value)
+        return found * (1 + torch.finfo(dtype).eps) if query.requires_grad and query.shape[-2] == 9 else found
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other_kernel)
+    assert not attention._rounds_alike(heads, torch.device("cpu"), dtype)
+
+
 def test_an_unknown_name(trunk):
     with pytest.raises(UserError, match='model.attention_backend = "natif": unknown.*did you mean "native"?') as raised:
         set_attention_backend(trunk, "natif")

@@ -16,6 +16,9 @@ class Encoder:
     def __init__(self):
         self.device, self.moves = "cpu", 0
 
+    def parameters(self):
+        yield torch.empty(1, device=self.device)
+
     def to(self, device):
         self.device, self.moves = torch.device(device).type, self.moves + 1
 
@@ -44,6 +47,15 @@ def backbone(tiny_pipeline, request):
 
 def equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("home", ["cpu", "meta"])
+def test_encoders_go_back_to_where_they_were(backbone, home):
+    """A pipeline of the user's may have them on its GPU."""
+    counting = Counting(backbone)
+    counting.encoders[0].device = home
+    PromptCache(counting, CPU)(TEXTS[:2])
+    assert counting.encoders[0].device == home and counting.encoders[0].moves == 2
 
 
 def test_each_text_is_encoded_once(backbone):

@@ -64,6 +64,21 @@ def test_sampling_goes_on_while_a_reward_scores():
     assert scoring.result()[1].tolist() == [[7]]
 
 
+def test_rewards_are_called_by_one_thread_of_the_process():
+    """The libraries of a GPU plan for each thread anew."""
+    threads = set()
+
+    def here(images, prompts, metadata):
+        threads.add(threading.get_ident())
+        return grey(images, prompts, metadata)
+
+    for _ in range(2):
+        scoring = Scoring(Pictures(), [reward(here)])
+        scoring.submit(0, part(7))
+        scoring.result()
+    assert len(threads) == 1 and threading.get_ident() not in threads
+
+
 def test_who_waits_for_the_scores_decodes_too():
     decoded = threading.Event()
 

@@ -84,6 +84,31 @@ def test_backward_counts_from_the_prediction_on(now, trunk, clock):
     assert clock.read() == FORWARD + BACKWARD
 
 
+def test_a_gpu_runs_the_hooks_of_a_backward_in_another_thread(now, trunk, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event(now))
+    clock, prediction = TrunkClock(torch.device("cuda")), trunk(torch.ones(2))
+    clock.watch_backward(prediction)
+    with ThreadPoolExecutor(1) as autograd:
+        autograd.submit(prediction.sum().backward).result()
+    clock.backward_done()
+    assert clock.read() == BACKWARD
+
+
+class Event:
+    """A stand-in for CUDA's, in the clock's seconds."""
+
+    def __init__(self, now):
+        self.now = now
+
+    def record(self):
+        self.at = self.now.seconds
+
+    def elapsed_time(self, end):
+        return 1000 * (end.at - self.at)
+
+
 def test_a_backward_side_by_side_counts_its_share(now, trunk, clock):
     prediction = trunk(torch.ones(2))
     clock.watch_backward(prediction)

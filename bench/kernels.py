@@ -1,10 +1,11 @@
 """Each kernel against plain PyTorch and torch.compile: python bench/kernels.py
 
 Forward, backward and both, in milliseconds: the formula in eager PyTorch, the same under torch.compile, ours, and each
-of them in a CUDA graph. Variants take turns, so that ratios hold on a shared machine. A pass is set beside a device
-copy that moves as many bytes, counted as each input read once and each output written once; at batch 16 both find most
-of them in the cache, at 1 GB neither does. The formula of critic_pool is the usual one, with every token projected. On
-a CPU, where there are no kernels, it times what the public functions run there.
+of them in a CUDA graph, launched while the device still waits, so that its work alone counts. Variants take turns, so
+that ratios hold on a shared machine. A pass is set beside a device copy that moves as many bytes, counted as each input
+read once and each output written once; at batch 16 both find most of them in the cache, at 1 GB neither does. The
+formula of critic_pool is the usual one, with every token projected. On a CPU, where there are no kernels, it times what
+the public functions run there.
 """
 
 import argparse
@@ -39,6 +40,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 HALF = torch.bfloat16 if ON_GPU else torch.float32  # products of bfloat16 take a CPU a hundred times as long
 CALLS = 5 if ON_GPU else 1  # in a row, within one measurement
+LAUNCH_CYCLES = 2_000_000  # a millisecond of a GPU: longer than it takes to launch a graph
 
 
 @dataclass
@@ -64,7 +66,7 @@ def transition_cases(size: str, batch: int, shape: tuple[int, int, int]) -> list
     n = batch * shape[0] * shape[1] * shape[2]
     table = torch.tensor([[0.9, -0.1, 0.3]] * 10, device=DEVICE)
     step = torch.tensor(3, device=DEVICE)
-    v, z, noise = randn(batch, *shape, dtype=HALF), randn(batch, *shape), randn(batch, *shape)
+    v, z, noise = randn(batch, *shape), randn(batch, *shape), randn(batch, *shape)  # the engine widens v
     v_bytes = v.itemsize
     key = kernels.NoiseKey(torch.tensor(0, device=DEVICE), torch.arange(batch, device=DEVICE))
 
@@ -170,24 +172,32 @@ def all_cases() -> list[Callable[[], list[Case]]]:
 
 def runs_of(case: Case, function: Callable) -> dict[str, Callable[[], object]]:
     """The passes of one variant, as functions without arguments."""
-    inputs = [
-        x.detach().requires_grad_(i in case.wrt) if isinstance(x, Tensor) else x for i, x in enumerate(case.inputs)
-    ]
-    wanted = [inputs[i] for i in case.wrt]
 
-    def forward():
+    def leaves() -> list:
+        """The inputs, for one pass: autograd ties a leaf to the stream of the first forward that keeps it."""
+        return [
+            x.detach().requires_grad_(i in case.wrt) if isinstance(x, Tensor) else x for i, x in enumerate(case.inputs)
+        ]
+
+    def forward() -> Tensor:
         with torch.no_grad():
-            return function(*inputs)
+            return differentiable(function(*case.inputs))
 
-    if not wanted:
+    if not case.wrt:
         return {"forward": forward}
-    output = differentiable(function(*inputs))
-    incoming = torch.randn_like(output)
-    return {
-        "forward": forward,
-        "backward": lambda: torch.autograd.grad(output, wanted, incoming, retain_graph=True),
-        "full": lambda: torch.autograd.grad(differentiable(function(*inputs)), wanted, incoming),
-    }
+    incoming = torch.randn_like(forward())
+    kept, again = leaves(), leaves()
+    output: list[Tensor] = []
+
+    def backward() -> None:
+        if not output:  # in the stream that backward runs in
+            output.append(differentiable(function(*kept)))
+        torch.autograd.grad(output[0], [kept[i] for i in case.wrt], incoming, retain_graph=True)
+
+    def full() -> None:
+        torch.autograd.grad(differentiable(function(*again)), [again[i] for i in case.wrt], incoming)
+
+    return {"forward": forward, "backward": backward, "full": full}
 
 
 def differentiable(output) -> Tensor:
@@ -203,7 +213,7 @@ def captured(run: Callable) -> Callable[[], None]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         for _ in range(CALLS):
             run()
     return graph.replay
@@ -234,25 +244,27 @@ def variants_of(case: Case) -> dict[str, dict[str, Callable]]:
     for name, function in functions.items():
         for label, run in runs_of(case, function).items():
             work.setdefault(label, {})[name] = repeated(run)
-            # The forward of a backward alone ran on another stream, which a capture may not wait for.
-            if ON_GPU and label != "backward":
+        if ON_GPU:
+            for label, run in runs_of(case, function).items():
                 work[label][f"{name} + graph"] = captured(run)
     for label in ("forward", "backward"):
         if label in work:
             copy = copy_of(case.bytes[label])
             work[label]["copy"] = repeated(copy)
-            if ON_GPU and label != "backward":
+            if ON_GPU:
                 work[label]["copy + graph"] = captured(copy)
     return work
 
 
-def timed(run: Callable[[], None]) -> float:
-    """Milliseconds a call."""
+def timed(run: Callable[[], None], ahead: bool = False) -> float:
+    """Milliseconds a call. ahead: of a GPU alone, without the wait for the host to launch the first."""
     if not ON_GPU:
         began = time.perf_counter()
         run()
         return (time.perf_counter() - began) * 1e3 / CALLS
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if ahead:
+        torch.cuda._sleep(LAUNCH_CYCLES)
     begin.record()
     run()
     end.record()
@@ -279,7 +291,7 @@ def measure(case: Case, rounds: int) -> list[dict]:
         times: dict[str, list[float]] = {name: [] for name in variants}
         for number in range(rounds + 3):
             for name, run in variants.items():
-                milliseconds = timed(run)
+                milliseconds = timed(run, ahead="graph" in name)
                 if number >= 3:
                     times[name].append(milliseconds)
         for name, run in variants.items():

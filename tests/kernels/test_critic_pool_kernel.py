@@ -145,9 +145,10 @@ def test_large_mean():
     found = _run(lambda *given: pool.launch_pool(*given)[0], h, q, grad)
     expected = _run(pool.pool_tokens_reference, h.double(), q.double(), grad.double())
     for ours, theirs in zip(found, expected, strict=True):
-        # E[h^2] and mean^2 are 10^4 times the variance: it is off by 2 * 10^4 * 2^-24 of itself, and rstd by half of
-        # that. Gradients have rstd in the third power.
-        assert (ours.double() - theirs).norm() <= 3 * 0.6e-3 * theirs.norm()
+        # E[h^2] and mean^2 are 10^4 times the variance: their roundings are 2 * 10^4 * 2^-24 of it, and those of the
+        # mean's own sum, log2(48) of them, enter twice: 2 * 6 * 10^4 * 2^-24 at the most. rstd is off by half of that,
+        # 4e-3; of 2,000 random tokens none was by more than 3e-3. Gradients have it in the third power.
+        assert (ours.double() - theirs).norm() <= 3 * 3e-3 * theirs.norm()
 
 
 def test_any_strides():
@@ -199,13 +200,20 @@ def test_compiles_without_graph_breaks_at_any_shape(on_kernels):
             assert torch.equal(ours, theirs)
 
 
+def test_float64_goes_through_pytorch_where_triton_cannot_multiply_it(on_kernels, monkeypatch):
+    monkeypatch.setattr(pool, "BEFORE_3_5", True)
+    monkeypatch.setattr(pool, "launch_pool", None)
+    h, q, _ = _inputs(1, 3, 20, 2, torch.float64)
+    assert torch.equal(pool.pool_tokens(h, q), pool.pool_tokens_reference(h, q))
+
+
 @pytest.mark.parametrize(("dtype", "widest"), [(torch.bfloat16, 3072), (torch.float32, 1536), (torch.float64, 512)])
 def test_tokens_too_wide_go_through_pytorch(dtype, widest, on_kernels, monkeypatch):
     monkeypatch.setattr(pool, "launch_pool", lambda h, q: ("kernels",))
-    assert pool.pool_tokens(torch.zeros(1, 1, widest, dtype=dtype), None) == "kernels"
+    assert pool.pool_tokens(torch.zeros(1, 1, widest, dtype=dtype, device=DEVICE), None) == "kernels"
     h, q = (
-        torch.zeros(1, 1, widest + 1, dtype=dtype),
-        torch.zeros(1, 1, widest + 1, dtype=torch.promote_types(dtype, torch.float32)),
+        torch.zeros(1, 1, widest + 1, dtype=dtype, device=DEVICE),
+        torch.zeros(1, 1, widest + 1, dtype=torch.promote_types(dtype, torch.float32), device=DEVICE),
     )
     assert torch.equal(pool.pool_tokens(h, q), torch.zeros_like(q))
 

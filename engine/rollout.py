@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from .denoising import DenoisingLoop
 from .noise import keyed_noise
 from .prompt_cache import PromptCache
 from .prompts import Prompt
+from .streams import host_buffer
 from .trajectory import Trajectory, concatenate
 from .transitions import Schedule
 from .trunk_clock import TrunkClock
@@ -86,7 +88,15 @@ class Rollout:
             for start in starts
         )
         parts: dict[int, Trajectory] = {}
-        turn, stop = threading.Lock(), threading.Event()
+        kept: list[Tensor] = []  # of all samples: they take more memory than all else, and joined would take it twice
+        turn, first, stop = threading.Lock(), threading.Lock(), threading.Event()
+
+        def keep(rows: slice, features: Sequence[Tensor]) -> None:
+            with first:
+                if not kept:
+                    kept.extend(host_buffer(tap, len(prompts)) for tap in features)
+            for buffer, tap in zip(kept, features, strict=True):
+                buffer[rows].copy_(tap, non_blocking=True)
 
         def draw(worker: int) -> None:
             loop = None
@@ -101,6 +111,7 @@ class Rollout:
                         )
                 with self.clock.span() if self.clock and loop.is_captured else nullcontext():
                     latents, log_probs, values, *features = loop(batch.noises, batch.conditioning)
+                keep(batch.rows, features)
                 part = Trajectory(
                     latents,
                     log_probs,
@@ -111,7 +122,6 @@ class Rollout:
                     prompts=list(prompts[batch.rows]),
                     sample_indices=sample_indices[batch.rows],
                     seed=seed,
-                    features=[tap.cpu() for tap in features],
                 )
                 parts[batch.rows.start] = part
                 finished(batch.rows.start, part)
@@ -128,7 +138,7 @@ class Rollout:
                             worker.result()
                     finally:
                         stop.set()  # where one has failed the others end with the micro-batch they have
-        return concatenate([parts[start] for start in starts])
+        return replace(concatenate([parts[start] for start in starts]), features=kept)
 
     def describe(self) -> str:
         """How steps run, for the run's plan."""

@@ -16,6 +16,11 @@ def side_stream(purpose: str, device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def host_buffer(like: Tensor, rows: int) -> Tensor:
+    """Memory of the host for so many rows; what is copied there from a GPU, or back, holds up nobody."""
+    return torch.empty(rows, *like.shape[1:], dtype=like.dtype, pin_memory=like.is_cuda)
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x of the CPU on the device. To a GPU from pinned memory: from any other the host, and so whoever wants to prepare
     the next thing meanwhile, would wait for all that the stream has yet to do."""

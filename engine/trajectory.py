@@ -23,7 +23,9 @@ class Trajectory:
     prompts: list[Prompt]
     sample_indices: Tensor  # [N] int64, global, which key the noise together with the seed
     seed: int
-    features: list[Tensor] = field(default_factory=list)  # each tap's [N, K, n, D] or pictures, on the CPU, if kept
+    # If kept, each tap's [N, K, n, D] or pictures, on the CPU. A GPU still copies them there: only what is queued in the
+    # same stream, as a copy back is, finds them whole.
+    features: list[Tensor] = field(default_factory=list)
 
     @cached_property
     def trained_steps(self) -> slice:
@@ -34,7 +36,7 @@ class Trajectory:
 
 
 def concatenate(parts: list[Trajectory]) -> Trajectory:
-    """Joins the micro-batches of one rollout."""
+    """Joins the micro-batches of one rollout, their features aside."""
     first = parts[0]
     return Trajectory(
         latents=torch.cat([p.latents for p in parts]),
@@ -46,5 +48,4 @@ def concatenate(parts: list[Trajectory]) -> Trajectory:
         prompts=[prompt for p in parts for prompt in p.prompts],
         sample_indices=torch.cat([p.sample_indices for p in parts]),
         seed=first.seed,
-        features=[torch.cat(taps) for taps in zip(*(p.features for p in parts), strict=True)],
     )

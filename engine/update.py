@@ -224,7 +224,11 @@ class Updater:
     def _features(self, trajectory: Trajectory, part: Part, seed: int) -> list[Tensor]:
         """What the rollout kept of each tap for this part, [B n, N, D], some of it dropped."""
         device, dropped = self.world.device, self.config.critic.feature_dropout
-        taps = [tap[part.samples, part.steps].flatten(0, 1).to(device) for tap in trajectory.features]
+        # Sample by sample, which lie together: to a GPU, what must be put together first is not copied past the host.
+        taps = [
+            torch.cat([sample[part.steps].to(device, non_blocking=True) for sample in tap[part.samples]])
+            for tap in trajectory.features
+        ]
         if not dropped:
             return taps
         # Not torch's dropout: passes side by side would share its generator.

@@ -342,7 +342,7 @@ def table(rows: list[dict], machine: dict) -> str:
     others = [name for name in names if name != best]
     lines += [
         f"Milliseconds, median; `{best}` with its 20th and 80th percentile and its speed: the share of a copy's (in a "
-        "graph too, if it is), and how many times as fast as the others.",
+        "graph too, on a GPU), and how many times as fast as the others.",
         "",
         "| "
         + " | ".join(["kernel", "size", "pass", *others, best, "GB/s", "of copy", *(f"x {n}" for n in others)])
@@ -351,10 +351,10 @@ def table(rows: list[dict], machine: dict) -> str:
     ]
     for key in dict.fromkeys((row["kernel"], row["size"], row["pass"]) for row in rows):
         found = {row["variant"]: row for row in rows if (row["kernel"], row["size"], row["pass"]) == key}
-        ours = found.get(best, found["ours"])
+        ours = found[best]
         medians = [f"{found[name]['p50_ms']:.4f}" if name in found else "" for name in others]
         speed = [f"{found[name]['p50_ms'] / ours['p50_ms']:.2f}" if name in found else "" for name in others]
-        spread = f"{ours['p50_ms']:.4f} ({ours['p20_ms']:.4f} to {ours['p80_ms']:.4f})" if best in found else ""
+        spread = f"{ours['p50_ms']:.4f} ({ours['p20_ms']:.4f} to {ours['p80_ms']:.4f})"
         bandwidth = [f"{ours['gb_per_s']:.3g}", f"{ours['of_copy']:.0%}"] if ours["gb_per_s"] else ["", ""]
         lines.append("| " + " | ".join([*key, *medians, spread, *bandwidth, *speed]) + " |")
     return "\n".join(lines) + "\n"

@@ -23,8 +23,8 @@ class Trajectory:
     prompts: list[Prompt]
     sample_indices: Tensor  # [N] int64, global, which key the noise together with the seed
     seed: int
-    # If kept, each tap's [N, K, n, D] or pictures, on the CPU. A GPU still copies them there: only what is queued in the
-    # same stream, as a copy back is, finds them whole.
+    # If kept, each tap's [N, K, n, D] or pictures, on the CPU. A GPU may still be copying them there: only what is
+    # queued in the same stream, as a copy back is, finds them whole.
     features: list[Tensor] = field(default_factory=list)
 
     @cached_property
